@@ -1,0 +1,652 @@
+"""Everything that touches the disk: images in, batches, pictures out, and the folder of a run.
+
+    python data.py get apple2orange                     # a data set of the CycleGAN authors -> datasets/apple2orange
+    python data.py preview FOLDER --deluxe --diffaug    # preview.png: look at an augmentation before you trust it
+
+Inside the programs an image is a uint8 tensor [3, H, W] until it is in a batch, then a float tensor in [-1, 1].
+"""
+import argparse
+import colorsys
+import contextlib
+import csv
+import io
+import itertools
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import urllib.error
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torchvision.datasets.utils import download_url
+from torchvision.transforms.functional import autocontrast, to_pil_image
+from torchvision.utils import make_grid, save_image
+
+import diffaug
+
+warnings.filterwarnings("ignore", module="PIL")  # odd metadata and the like: what can be read, is
+
+
+class BadInput(Exception):
+    """Something that the user can mend. Its text is one line: what is wrong, and what to do."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Bad input and disk errors become one line on stderr and exit status 2, without a traceback."""
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        sys.exit(print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr) or 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawn cats: a data set that is always there
+
+DRAWN = {"toy-grumpy": ("grumpy", 0, 204), "toy-blue": ("blue", 1000, 75)}  # name: breed, number of the first cat, count
+
+
+def draw_cat(number, breed, size):
+    """Cat `number` as "grumpy" or "blue" -> RGB image, size x size.
+
+    Pose, background and light depend on the number alone: the two breeds of one number are a true translation pair.
+    The head is drawn in its own coordinates (centre 0, radius 1, y down), then turned, scaled and moved.
+    """
+    U, grumpy, side = random.Random(number).uniform, breed == "grumpy", max(256, 2 * size)
+    centre, radius, tilt = np.array([U(0.42, 0.58), U(0.50, 0.60)]), U(0.29, 0.39), U(-0.35, 0.35)
+    turn, nod, ears, lids, gaze = U(-0.2, 0.2), U(-0.08, 0.1), U(0.85, 1.2), U(0.75, 1.1), U(-0.06, 0.06)
+    hue, shade, light, fluff = U(0, 1), U(0.88, 1.1), U(-0.25, 0.25), [U(0.97, 1.05) for _ in range(48)]
+    sky, floor = (np.array(colorsys.hsv_to_rgb(hue + U(-0.1, 0.1), U(0.1, 0.4), U(0.45, 0.95))) * 255 for _ in "ab")
+    rotation = np.array([[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]])
+
+    def place(points):
+        return [tuple(p) for p in ((np.array(points) @ rotation) * radius + centre) * side]
+
+    def ellipse(x, y, rx, ry, rough=(1,)):
+        angles = np.linspace(0, 2 * math.pi, 48, endpoint=False)
+        return [(x + rx * math.cos(a) * rough[i % len(rough)], y + ry * math.sin(a) * rough[i % len(rough)])
+                for i, a in enumerate(angles)]
+
+    def paint(colour, *shapes, soft=0.0, line=0.0):
+        """Fill polygons (or draw open lines of a width) with a colour; soft blurs their edge like short fur."""
+        mask = Image.new("L", canvas.size)
+        for shape in shapes:
+            if line:
+                ImageDraw.Draw(mask).line(place(shape), 255, max(1, round(line * radius * side)), joint="curve")
+            else:
+                ImageDraw.Draw(mask).polygon(place(shape), 255)
+        mask = mask.filter(ImageFilter.BoxBlur(1.5 * soft * radius * side)) if soft else mask
+        canvas.paste(tuple(int(min(255, c)) for c in colour), mask=mask)
+
+    fur = np.array([226, 208, 182] if grumpy else [112, 124, 146]) * shade
+    dark, pale = (np.array([70, 50, 42]) * shade, fur * 1.13) if grumpy else (fur * 0.72, fur * 1.16)
+    height = np.linspace(0, 1, side)[:, None, None]
+    canvas = Image.fromarray(np.broadcast_to(sky * (1 - height) + floor * height, (side, side, 3)).astype(np.uint8))
+    for _ in range(3):  # blurred lights behind the cat
+        x, y, r = U(-2, 2), U(-2, 1), U(0.2, 0.6)
+        paint(sky * 0.5 + floor * 0.5 + U(-40, 60), ellipse(x, y, r, r), soft=0.12)
+    paint(fur * 0.85, ellipse(0.1 * turn, 1.75, 1.15, 1.1, fluff), soft=0.03)
+    paint(pale, ellipse(0.5 * turn, 1.5, 0.55, 0.7), soft=0.15)
+    for s in (-1, 1):
+        paint(dark if grumpy else fur * 0.9, [(s * 0.95, -0.2), (s * 0.86 + turn / 3, -1.12 * ears), (s * 0.15, -0.75)], soft=0.02)
+        paint((206, 150, 145), [(s * 0.80, -0.4), (s * 0.79 + turn / 3, -0.95 * ears), (s * 0.36, -0.72)], soft=0.05)
+    paint(fur, ellipse(0, 0, 1, 0.86, fluff), ellipse(-0.55, 0.3, 0.55, 0.45, fluff), ellipse(0.55, 0.3, 0.55, 0.45, fluff), soft=0.025)
+    if grumpy:  # the dark mask, and the white blaze that widens from the brow to the chin
+        paint(dark, *[ellipse(s * 0.44 + turn, -0.14 + nod, 0.44, 0.44, fluff) for s in (-1, 1)], soft=0.09)
+        paint((246, 240, 232), [(turn, -0.62 + nod), (turn + 0.16, 0.1 + nod), (turn + 0.42, 0.62), (turn, 0.83),
+                                (turn - 0.42, 0.62), (turn - 0.16, 0.1 + nod)], soft=0.06)
+    paint(pale if not grumpy else (250, 246, 240), *[ellipse(s * 0.19 + 1.1 * turn, 0.42 + nod, 0.25, 0.2) for s in (-1, 1)], soft=0.05)
+    for s in (-1, 1):
+        x, y = s * 0.41 + 1.1 * turn, -0.1 + nod
+        paint(dark * 0.45, ellipse(x, y, 0.225, 0.2 * lids), soft=0.012)
+        paint((122, 182, 222) if grumpy else (148, 190, 74), ellipse(x, y, 0.19, 0.17 * lids))
+        paint((18, 18, 22), ellipse(x + gaze, y, 0.075, 0.14 * lids))
+        paint((255, 255, 255), ellipse(x + gaze - 0.06, y - 0.07, 0.04, 0.04))
+        if grumpy:  # the heavy lid, lower at the nose, makes the mood
+            paint(dark, [(x - s * 0.24, y - 0.01), (x + s * 0.24, y - 0.09), *ellipse(x, y - 0.12, 0.24, 0.16)[24:][::-s]], soft=0.012)
+    x, y = 1.15 * turn, 0.27 + nod
+    paint((226, 138, 140) if grumpy else (122, 100, 118), [(x - 0.12, y), (x + 0.12, y), (x + 0.03, y + 0.11), (x - 0.03, y + 0.11)], soft=0.012)
+    curve = [(t / 10, (0.14 * (t / 4) ** 2 if grumpy else 0.09 * math.sin(abs(t) / 4 * math.pi))) for t in range(-4, 5)]
+    paint((96, 62, 60), [(x + 0.85 * a, y + 0.24 + b) for a, b in curve], [(x, y + 0.1), (x, y + 0.24)], line=0.04)
+    paint((250, 250, 250), *[[(x + s * 0.3, y + 0.14 + 0.05 * k), (x + s * 1.15, y + 0.05 + 0.16 * k)] for s in (-1, 1) for k in (-1, 0, 1)], line=0.014)
+    ramp = 1 + light * np.linspace(-1, 1, side)[None, :, None]  # light from one side
+    lit = np.clip(np.asarray(canvas) * ramp, 0, 255).astype(np.uint8)
+    return Image.fromarray(lit).resize((size, size), Image.Resampling.LANCZOS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images in
+
+def to_rgb(image):
+    """Any Pillow image -> mode RGB: upright, transparency laid on white, more than 8 bits scaled down (not clipped)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, dtype=np.float64)
+        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 and image.mode == "F" else 255 / 65535)
+        image = Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8))
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def square(image, size):
+    """A Pillow image -> uint8 array [3, size, size]: shorter side resized (antialiased), then centre crop."""
+    image.draft("RGB", (2 * size, 2 * size))  # a JPEG can be decoded at 1/2, 1/4 or 1/8: fast for photographs
+    return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def find_images(source):
+    """A folder or .zip -> ([(name, function that returns a file object or path)]), every image below it, sorted."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    wanted = lambda name: Path(name).suffix.lower() in readable and not Path(name).name.startswith(".")
+    path = Path(source)
+    if path.is_file() and zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)
+        members = sorted((m for m in archive.infolist() if wanted(m.filename)), key=lambda m: m.filename)
+        return [(m.filename, lambda m=m: io.BytesIO(archive.read(m))) for m in members if m.file_size < 2**30]
+    if path.is_dir():
+        return [(str(p), lambda p=p: p) for p in sorted(path.rglob("*")) if wanted(p) and p.is_file()]
+    what = "is no folder and no .zip" if path.exists() else "does not exist"
+    raise BadInput(f"{source} {what}; give a folder of images, a .zip of one, or one of {', '.join(DRAWN)}")
+
+
+def storage(count, size, memory=None):
+    """Room for a set: uint8 [count, 3, size, size], in memory, or in a mapped temporary file if over half of it."""
+    memory = memory or (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33)
+    numbers = count * 3 * size * size
+    if numbers <= memory / 2:
+        return torch.empty(count, 3, size, size, dtype=torch.uint8)
+    with tempfile.NamedTemporaryFile(prefix="images-") as file:  # its name goes at once, its room when the map is closed
+        return torch.from_file(file.name, shared=True, size=numbers, dtype=torch.uint8).view(count, 3, size, size)
+
+
+def load_images(source, size):
+    """A folder (searched recursively), a .zip, or the name of a drawn set -> uint8 tensor [N, 3, size, size].
+
+    Files that can't be read are named, counted and skipped. Raises BadInput if nothing usable is found. A result of
+    more than half of the machine's memory is put in a memory-mapped temporary file instead.
+    """
+    if source in DRAWN:
+        breed, first, count = DRAWN[source]
+        names = [f"{breed} cat {first + i}" for i in range(count)]
+        decode = lambda i: np.asarray(draw_cat(first + i, breed, size)).transpose(2, 0, 1)
+    else:
+        names, files = list(zip(*find_images(source))) or ((), ())
+
+        def decode(i):
+            with Image.open(files[i]()) as image:
+                return square(image, size)
+
+    def fill(i):
+        try:
+            images[i] = torch.from_numpy(np.ascontiguousarray(decode(i)))
+        except Exception as error:  # a damaged file can raise anything, and none may stop the others
+            return f"{names[i]}: {error}"
+
+    images = storage(len(names), size)
+    failed, told = [], time.time()
+    with ThreadPoolExecutor() as pool:
+        for i, problem in enumerate(pool.map(fill, range(len(names)))):
+            failed += [(i, problem)] if problem else []
+            if time.time() > told + 2:
+                print(f"reading {source}: {i + 1} of {len(names)}", file=sys.stderr)
+                told = time.time()
+    for _, problem in failed:
+        print(f"skipped {problem}", file=sys.stderr)
+    if failed:
+        print(f"skipped {len(failed)} of {len(names)} files in {source}: not readable as images", file=sys.stderr)
+        bad = {i for i, _ in failed}
+        for to, i in enumerate(i for i in range(len(names)) if i not in bad):
+            images[to] = images[i]
+    if len(failed) == len(names):
+        raise BadInput(f"no usable image in {source}: looked for .png, .jpg, .webp, .gif and whatever else Pillow reads, in all its subfolders")
+    return images[:len(names) - len(failed)]
+
+
+class Batches:
+    """Endless random batches of a uint8 tensor [N, 3, L, L], which stays on the device if it fits there.
+
+    Each epoch is a permutation. A batch that reaches past an epoch's end goes on in the next one, so it is never short,
+    not even with fewer images than a batch. state_dict() holds the order, so that a resumed run sees the same images.
+    """
+
+    def __init__(self, images, batch, device, seed):
+        fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        self.images, self.batch, self.device = images.to(device) if fits else images, batch, device
+        self.generator, self.order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+
+    def next(self):
+        """-> uint8 [batch, 3, L, L] on the device."""
+        while len(self.order) < self.batch:
+            self.order = torch.cat([self.order, torch.randperm(len(self.images), generator=self.generator)])
+        index, self.order = self.order[:self.batch], self.order[self.batch:]
+        if self.device.type != "cuda":
+            return self.images[index].to(self.device)
+        if self.images.is_cuda:  # from pinned memory a copy does not wait for the device
+            return self.images[index.pin_memory().to(self.device, non_blocking=True)]
+        return self.images[index].pin_memory().to(self.device, non_blocking=True)
+
+    def state_dict(self):
+        return {"order": self.order.clone(), "generator": self.generator.get_state(), "count": len(self.images)}
+
+    def load_state_dict(self, state):
+        if state["count"] != len(self.images):
+            raise BadInput(f"the run was trained on {state['count']} images and the set now has {len(self.images)}: "
+                           "restore the set, or start a new run")
+        self.order, _ = state["order"], self.generator.set_state(state["generator"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# "Deluxe": augmentation of the real images. Float [B, 3, L, L] in [0, 1] in, L -> size, each image its own draws.
+
+def crop(x, size):
+    """A random size x size window."""
+    B, C, L, _ = x.shape
+    rows, cols = (torch.arange(size, device=x.device) + diffaug.integers(x, 0, L - size) for _ in "yx")
+    x = x.gather(2, rows[:, None, :, None].expand(B, C, size, L))
+    return x.gather(3, cols[:, None, None, :].expand(B, C, size, size))
+
+
+def flip(x, size):
+    return torch.where(diffaug.uniform(x, 0, 1) < 0.5, x, x.flip(3))
+
+
+def zoom(x, size):
+    """Random resized crop: 64 to 100 % of the area, aspect ratio 4:5 to 5:4, bilinear."""
+    area, aspect = diffaug.uniform(x, 0.64, 1).flatten(), diffaug.uniform(x, math.log(0.8), math.log(1.25)).flatten().exp()
+    w, h, zero = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1), torch.zeros_like(area)
+    left, top = ((1 - side) * diffaug.uniform(x, -1, 1).flatten() for side in (w, h))
+    theta = torch.stack([w, zero, left, zero, h, top], dim=1).view(-1, 2, 3)
+    return F.grid_sample(x, F.affine_grid(theta, (len(x), 3, size, size), align_corners=False), align_corners=False)
+
+
+def jitter(x, size):
+    """Brightness, contrast and saturation, each times U(0.7, 1.3)."""
+    brightness, contrast, saturation = (diffaug.uniform(x, 0.7, 1.3) for _ in range(3))
+    x = (x * brightness).clamp(0, 1)
+    x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, contrast).clamp(0, 1)
+    return torch.lerp(x.mean(dim=1, keepdim=True), x, saturation).clamp(0, 1)
+
+
+def stretch(x, size):
+    """Autocontrast: half of the images get each channel stretched to the full range."""
+    return torch.where(diffaug.uniform(x, 0, 1) < 0.5, x, autocontrast(x))
+
+
+DELUXE = {"crop": crop, "flip": flip, "zoom": zoom, "jitter": jitter, "autocontrast": stretch}
+
+
+def load_size(size, ops):
+    """Images are kept a tenth larger where something is to be cut out of them."""
+    return int(1.1 * size) if {"crop", "zoom"} & set(ops.split(",")) else size
+
+
+def deluxe(images, size, ops):
+    """uint8 [B, 3, L, L] -> float [B, 3, size, size] in [-1, 1], tanh's range. ops: e.g. "crop,flip", or "" for none."""
+    x = images.float() / 255
+    for op in ops.split(",") if ops else ():
+        x = DELUXE[op](x, size)
+    return x * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures out
+
+def save_grid(images, path, columns=8):
+    """Float images [N, 3, H, W] in [-1, 1], any N -> a PNG with so many columns. No min-max: colours stay what they are."""
+    save_image(make_grid((images.float().clamp(-1, 1) + 1) / 2, nrow=columns), path)
+
+
+def save_gif(frames, path, milliseconds):
+    """Float images [N, 3, H, W] in [-1, 1] -> an endless GIF."""
+    first, *rest = (to_pil_image((frame.clamp(-1, 1) + 1) / 2) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+
+
+def nearest(fakes, images):
+    """For each float image [N, 3, S, S] in [-1, 1] the closest of uint8 [M, 3, S, S] -> float [N, 3, S, S], distances [N].
+
+    Root mean square difference at 32 x 32 pixels; a training image's mirror image counts as well.
+    """
+    small = lambda x: F.adaptive_avg_pool2d(x, 32).flatten(1)
+    best, closest = torch.full((len(fakes),), math.inf), torch.zeros_like(fakes)
+    for chunk in images.split(1000):
+        real = chunk.cpu().float() / 127.5 - 1
+        real = torch.cat([real, real.flip(3)])
+        distance, index = (torch.cdist(small(fakes), small(real)) / math.sqrt(3 * 32 * 32)).min(dim=1)
+        closer = distance < best
+        best[closer], closest[closer] = distance[closer], real[index[closer]]
+    return closest, best
+
+
+def plot(log, path, size=(900, 330)):
+    """log.csv -> losses.png: on the left every loss, on the right what D says; raw values pale, smoothed ones on top."""
+    with open(log, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if len(rows) < 2:
+        return
+    x = np.array([float(r["iteration"]) for r in rows])
+    columns = [c for c in rows[0] if c not in ("iteration", "images/s")]
+    canvas = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")  # drawn at twice the size, which smooths the lines
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(22)
+    colours = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
+    groups = [[c for c in columns if "(" not in c], [c for c in columns if "(" in c]]
+    for left, names in zip((90, size[0] + 90), groups):
+        curves = [np.array([float(r[name]) for r in rows]) for name in names]
+        low, high = min(map(np.min, curves)), max(np.percentile(c, 98) for c in curves)
+        low, high = min(0, low), max(high * 1.1, low + 1e-6)
+        width, top, bottom = size[0] - 130, 70, 2 * size[1] - 50
+        px = left + width * (x - x[0]) / (x[-1] - x[0])
+        py = lambda v: bottom - (bottom - top) * np.clip((v - low) / (high - low), 0, 1.05)
+        for tick in np.linspace(low, high, 5):
+            draw.line([(left, py(tick)), (left + width, py(tick))], "#dddddd", 2)
+            draw.text((left - 10, py(tick)), f"{tick:.2g}", "black", font, anchor="rm")
+        for tick in np.linspace(0, len(x) - 1, 5).astype(int):
+            draw.text((px[tick], bottom + 12), f"{x[tick]:.0f}", "black", font, anchor="mt")
+        kernel = np.ones(max(1, len(x) // 20 | 1))
+        for k, (name, curve) in enumerate(zip(names, curves)):
+            smooth = np.convolve(curve, kernel, "same") / np.convolve(np.ones_like(curve), kernel, "same")
+            pale = tuple((c + 510) // 3 for c in Image.new("RGB", (1, 1), colours[k]).getpixel((0, 0)))
+            draw.line(list(zip(px, py(curve))), pale, 2)
+            draw.line(list(zip(px, py(smooth))), colours[k], 5)
+            draw.text((left + 10 + k % 4 * 190, 14 + k // 4 * 26), name, colours[k], font)
+    canvas.resize(size, Image.Resampling.LANCZOS).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options, device, checkpoints, and the folder of a run
+
+def number(low, high=math.inf, kind=float):
+    """An argparse type: numbers from low to high, neither nan nor infinite."""
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            if low <= kind(text) <= high and math.isfinite(kind(text)):
+                return kind(text)
+        name, limit = "whole number" if kind is int else "number", f" to {high:g}" if high < math.inf else " up"
+        raise argparse.ArgumentTypeError(f"needs a {name} from {low:g}{limit}, not {text!r}")
+    return parse
+
+
+def policy(known):
+    """An argparse type: names from a dictionary, joined by commas; "none" turns it off."""
+    def parse(text):
+        if text not in ("", "none") and (wrong := [name for name in text.split(",") if name not in known]):
+            raise argparse.ArgumentTypeError(f"no {wrong[0]!r} among {', '.join(known)} (join several with commas)")
+        return "" if text == "none" else text
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, the options that every run has, and options that come back from a checkpoint."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_augmentation(self):
+        self.add_argument("--deluxe", nargs="?", const="crop,flip", default="", type=policy(DELUXE), metavar="OPS",
+                          help=f"augment the real images: {', '.join(DELUXE)} (plain --deluxe: crop,flip)")
+        self.add_argument("--diffaug", nargs="?", const=",".join(diffaug.POLICIES), default="", type=policy(diffaug.POLICIES),
+                          metavar="POLICY", help="DiffAugment, on reals and fakes (plain --diffaug: color,translation,cutout)")
+
+    def add_run(self):
+        arg = self.add_argument_group("the run").add_argument
+        arg("--out", metavar="DIR", help="folder of the run (default: out/NAME, named after the flags)")
+        arg("--resume", metavar="RUN", help="go on with the run in this folder; options given here win over its own")
+        arg("--seed", type=number(0, kind=int), default=0)
+        arg("--device", default="auto", help="cuda, mps, cpu (default: the best that is here)")
+        arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
+        arg("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster on a GPU")
+        arg("--log-every", type=number(1, kind=int), default=50, metavar="N")
+        arg("--sample-every", type=number(1, kind=int), default=200, metavar="N")
+        arg("--save-every", type=number(1, kind=int), default=400, metavar="N")
+        arg("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+
+    def parse(self, argv, program, fixed, apply):
+        """-> (options, checkpoint or None). With --resume, or `apply`, the option that names a run to apply, the options
+        start from that run's own; those named in `fixed` can't change any more."""
+        opt, checkpoint = self.parse_args(argv), None
+        if run := opt.resume or getattr(opt, apply):
+            if opt.resume and opt.out:
+                self.error("--resume goes on in the run's own folder: leave --out away")
+            checkpoint = load_checkpoint(Path(run) / "ckpt.pt", program)
+            own = checkpoint["options"]
+            self.set_defaults(**{k: v for k, v in own.items() if k not in ("out", "resume", apply)})
+            opt = self.parse_args(argv)
+            for name in fixed:
+                if getattr(opt, name) != own[name]:
+                    self.error(f"--{name.replace('_', '-')}: {run} was trained with {own[name]}, which can't change any more")
+        flags = [k if v is True else f"{k}={v}" for k, v in vars(opt).items()
+                 if k not in ("out", "device", "tensorboard") and not k.endswith("_every") and v != self.get_default(k)]
+        name = "_".join([program, *flags]).replace("=crop,flip", "").replace("=" + ",".join(diffaug.POLICIES), "")
+        opt.name = "".join(c if c.isalnum() or c in "-_=.," else "-" for c in name)[:100]
+        return opt, checkpoint
+
+
+def setup(opt):
+    """Seed, device and precision -> (device, a function that returns the autocast context for the networks)."""
+    torch.manual_seed(opt.seed)
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(best if opt.device == "auto" else opt.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise BadInput(f"--device {opt.device}: there is no such device here; leave the option out to use {best}") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what is not bf16 may use TF32
+        native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    else:  # other CPUs would only imitate bf16, slowly
+        flags = getattr(torch.cpu, "get_capabilities", dict)()
+        native = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    bf16 = opt.dtype == "bf16" or opt.dtype == "auto" and native
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def random_state():
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+def save_checkpoint(checkpoint, path):
+    """Write beside the old file, flush to the disk, then rename: at every moment there is one whole checkpoint."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, program):
+    """-> the dictionary, on the CPU. weights_only: a checkpoint from a stranger can't run code."""
+    if not Path(path).is_file():
+        raise BadInput(f"no checkpoint {path}; give the folder of a run, such as out/{program}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["program"] == program:
+            return checkpoint
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise BadInput(f"{path} is damaged or no checkpoint ({type(error).__name__}); restore it or start a new run") from None
+    raise BadInput(f"{path} was written by {checkpoint['program']}.py; this is {program}.py")
+
+
+def new_folder(given, otherwise, inside):
+    """Make a folder, and one inside it. Nothing is overwritten: a given one must not have it yet, others get -2, -3, ..."""
+    for path in [Path(given)] if given else itertools.chain([otherwise], (Path(f"{otherwise}-{k}") for k in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (path if not given else path / inside).mkdir(parents=True)
+            (path / inside).mkdir(exist_ok=True)
+            return path
+    raise BadInput(f"{given} holds a run already: go on with --resume {given}, or give another --out")
+
+
+class Run:
+    """The folder of a run: log.csv, losses.png, samples/, timelapse.gif, ckpt.pt. `parts` are what a checkpoint holds:
+    names and things that have state_dict() and load_state_dict(). The losses named in `columns` are summed up on the
+    device by add() and read by log(), the only place where training waits for the device.
+    """
+
+    def __init__(self, opt, program, checkpoint, parts, columns, device):
+        self.opt, self.program, self.parts, self.columns = opt, program, parts, columns
+        self.iteration = self.logged = 0
+        self.sums, self.stopped_by, self.time = torch.zeros(len(columns), device=device), None, time.time()
+        self.board = None
+        if opt.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise BadInput("--tensorboard needs a package that is not here: pip install tensorboard") from None
+        if checkpoint:
+            self.path = Path(opt.resume)
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint["parts"][name])
+            self.iteration, self.logged = checkpoint["iteration"], checkpoint["logged"]
+            self.sums += checkpoint["sums"].to(device)
+            set_random_state(checkpoint["random"])
+            self.cut_log()
+        else:
+            self.path = new_folder(opt.out, Path("out") / opt.name, "samples")
+            with open(self.path / "log.csv", "w") as file:
+                file.write(",".join(["iteration", *columns, "images/s"]) + "\n")
+        if opt.tensorboard:
+            self.board = SummaryWriter(self.path, purge_step=self.iteration + 1)
+        for number in (signal.SIGINT, signal.SIGTERM):  # the loop ends after the iteration in hand; a second one kills
+            signal.signal(number, self.stop)
+
+    def cut_log(self):
+        """Drop the lines that were logged after the checkpoint: they are about to be made again."""
+        with open(self.path / "log.csv", newline="") as file:
+            header, *rows = csv.reader(file)
+        with open(self.path / "log.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header] + [r for r in rows if int(r[0]) <= self.logged])
+
+    def stop(self, number, frame):
+        self.stopped_by = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def due(self, every):
+        return self.iteration % every == 0 or self.iteration == self.opt.iters
+
+    def add(self, *values):
+        """Add this iteration's losses and scores, 0-d tensors on the device."""
+        self.sums += torch.stack([v.detach().float() for v in values])
+
+    def log(self):
+        """Write the means since the last line to log.csv and the terminal. A mean that is not finite ends the run."""
+        means = (self.sums / (self.iteration - self.logged)).tolist()
+        speed = (self.iteration - self.logged) / (time.time() - self.time)
+        if not all(map(math.isfinite, means)):
+            last = f"the last good checkpoint is {self.path / 'ckpt.pt'}" if (self.path / "ckpt.pt").exists() else "no checkpoint yet"
+            raise BadInput(f"a loss is not finite by iteration {self.iteration}; {last}. Try lower rates or --dtype fp32")
+        with open(self.path / "log.csv", "a") as file:
+            file.write(",".join([str(self.iteration), *(f"{m:.5g}" for m in means), f"{speed * self.opt.batch:.1f}"]) + "\n")
+        if self.board:
+            for name, mean in zip(self.columns, means):
+                self.board.add_scalar(name, mean, self.iteration)
+        left = int((self.opt.iters - self.iteration) / speed)
+        print(f"{self.iteration:6d}/{self.opt.iters}", *(f"{n} {m:.3f}" for n, m in zip(self.columns, means)),
+              f"{speed * self.opt.batch:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", sep="  ", flush=True)
+        self.sums.zero_()
+        self.logged, self.time = self.iteration, time.time()
+
+    def save(self):
+        """Write ckpt.pt, losses.png and timelapse.gif."""
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint({"program": self.program, "iteration": self.iteration, "options": vars(self.opt), "parts": parts,
+                         "logged": self.logged, "sums": self.sums.cpu(), "random": random_state()}, self.path / "ckpt.pt")
+        plot(self.path / "log.csv", self.path / "losses.png")
+        if files := sorted((self.path / "samples").glob("*.png")):
+            frames = [Image.open(file).convert("RGB") for file in files]
+            frames[0].save(self.path / "timelapse.gif", save_all=True, append_images=frames[1:], duration=150, loop=0)
+
+    def finish(self):
+        """After the loop: the last save, and how to go on. After Ctrl-C or SIGTERM the exit status says so."""
+        self.save()
+        print(f"{'stopped' if self.stopped_by else 'finished'} at iteration {self.iteration}: {self.path}")
+        if self.stopped_by:
+            print(f"go on with: python {self.program}.py --resume {self.path}")
+            sys.exit(128 + self.stopped_by)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py get | preview
+
+HOST = "http://efrosgans.eecs.berkeley.edu"
+
+
+def get(name, url=None, root="datasets"):
+    """Download a CycleGAN data set's zip and unpack it -> datasets/NAME/{trainA,trainB,testA,testB}."""
+    url = url or f"{HOST}/{'CUT' if name == 'grumpifycat' else 'cyclegan'}/datasets/{name}.zip"
+    target, archive = Path(root) / name, Path(root) / f"{name}.zip"
+    by_hand = f"get the images elsewhere and put them into {target}/trainA, trainB, testA and testB"
+    if target.exists():
+        raise BadInput(f"{target} is there already; delete it to fetch it again")
+    try:
+        download_url(url, root, archive.name)
+        with zipfile.ZipFile(archive) as file:
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
+            file.extractall(root)
+    except (urllib.error.URLError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+        archive.unlink(missing_ok=True)
+        raise BadInput(f"could not fetch {url} ({error}); {by_hand}") from None
+    archive.unlink()
+    print(f"{target}: " + ", ".join(f"{p.name} {sum(1 for _ in p.iterdir())}" for p in sorted(target.iterdir()) if p.is_dir()))
+
+
+def preview(source, size, ops, augmentation, path, rows=8):
+    """A contact sheet: in each row an image as it is, then 11 augmented versions of it."""
+    images = load_images(source, load_size(size, ops))[:rows]
+    plain = F.interpolate(images.float() / 127.5 - 1, size=(size, size), mode="bilinear", antialias=True)
+    versions = [diffaug.augment(deluxe(images, size, ops), augmentation) for _ in range(11)]
+    save_grid(torch.stack([plain, *versions], dim=1).flatten(0, 1), path, columns=12)
+    print(path)
+
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda **kw: Parser(""))
+    fetch, show = commands.add_parser("get"), commands.add_parser("preview")
+    fetch.add_argument("name", help="apple2orange, grumpifycat, horse2zebra, monet2photo, ...")
+    fetch.add_argument("--url", help="another address of the zip")
+    show.add_argument("folder")
+    show.add_argument("--size", type=number(8, kind=int), default=64)
+    show.add_argument("--out", default="preview.png")
+    show.add_augmentation()
+    opt = parser.parse_args(argv)
+    if opt.command == "get":
+        get(opt.name, opt.url)
+    else:
+        preview(opt.folder, opt.size, opt.deluxe, opt.diffaug, opt.out)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
