@@ -244,6 +244,8 @@ def optimizer(net, rate, loss):
 
 
 def train(opt, checkpoint):
+    if checkpoint and checkpoint["iteration"] >= opt.iters:
+        return print(f"{opt.resume} is finished, at iteration {checkpoint['iteration']}: to go on, give more --iters")
     device, cast = data.setup(opt)
     images = data.load_images(opt.data, data.load_size(opt.size, opt.deluxe))
     batches = data.Batches(images, opt.batch, device, opt.seed)
@@ -292,8 +294,9 @@ def sample(opt, checkpoint):
     G, _ = build(opt, device)
     G.load_state_dict(checkpoint["parts"]["ema"])
     G.eval()
-    fakes = torch.cat([G(z).cpu() for z in torch.randn(opt.n, opt.z, 1, 1, device=device).split(64)])
-    ends = torch.randn(6, opt.z, 1, 1, device=device)
+    noise = torch.randn(opt.n + 6, opt.z, 1, 1, generator=torch.Generator().manual_seed(opt.seed)).to(device)
+    fakes = torch.cat([G(z).cpu() for z in noise[:opt.n].split(64)])
+    ends = noise[opt.n:]
     walk = torch.cat([G(torch.stack([slerp(a, b, t / 16) for t in range(16)])).cpu() for a, b in zip(ends, ends.roll(-1, 0))])
     images = data.load_images(opt.data, opt.size)
 
