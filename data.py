@@ -9,12 +9,12 @@ import argparse
 import colorsys
 import contextlib
 import csv
-import io
 import itertools
 import math
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -47,7 +47,10 @@ def one_line_errors():
     try:
         yield
     except (BadInput, OSError) as error:
-        sys.exit(print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr) or 2)
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before the loop has begun; there is nothing to save yet
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,8 +134,9 @@ def to_rgb(image):
     """Any Pillow image -> mode RGB: upright, transparency laid on white, more than 8 bits scaled down (not clipped)."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
-        grey = grey * (255 if grey.max() <= 1 else 1 if grey.max() <= 255 and image.mode == "F" else 255 / 65535)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535 if image.mode != "F" or grey.max() > 255 else 255 if grey.max() > 1 else 1
+        grey = grey * (255 / top)
         image = Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8))
     if image.mode == "LAB":
         profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
@@ -154,13 +158,13 @@ def find_images(source):
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     wanted = lambda name: Path(name).suffix.lower() in readable and not Path(name).name.startswith(".")
     path = Path(source)
-    if path.is_file() and zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        members = sorted((m for m in archive.infolist() if wanted(m.filename)), key=lambda m: m.filename)
-        return [(m.filename, lambda m=m: io.BytesIO(archive.read(m))) for m in members if m.file_size < 2**30]
     if path.is_dir():
         return [(str(p), lambda p=p: p) for p in sorted(path.rglob("*")) if wanted(p) and p.is_file()]
-    what = "is no folder and no .zip" if path.exists() else "does not exist"
+    try:
+        archive = zipfile.ZipFile(path)
+        return [(name, lambda name=name: archive.open(name)) for name in sorted(archive.namelist()) if wanted(name)]
+    except (OSError, zipfile.BadZipFile):
+        what = "is neither a folder nor an undamaged .zip" if path.exists() else "does not exist"
     raise BadInput(f"{source} {what}; give a folder of images, a .zip of one, or one of {', '.join(DRAWN)}")
 
 
@@ -170,11 +174,11 @@ def storage(count, size, memory=None):
     numbers = count * 3 * size * size
     if numbers <= memory / 2:
         return torch.empty(count, 3, size, size, dtype=torch.uint8)
-    with tempfile.NamedTemporaryFile(prefix="images-") as file:  # its name goes at once, its room when the map is closed
-        return torch.from_file(file.name, shared=True, size=numbers, dtype=torch.uint8).view(count, 3, size, size)
+    with tempfile.TemporaryFile(dir=".") as file:  # not in /tmp, which may be memory; gone as soon as nothing maps it
+        return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(count, 3, size, size)))
 
 
-def load_images(source, size):
+def load_images(source, size, limit=None):
     """A folder (searched recursively), a .zip, or the name of a drawn set -> uint8 tensor [N, 3, size, size].
 
     Files that can't be read are named, counted and skipped. Raises BadInput if nothing usable is found. A result of
@@ -182,10 +186,11 @@ def load_images(source, size):
     """
     if source in DRAWN:
         breed, first, count = DRAWN[source]
-        names = [f"{breed} cat {first + i}" for i in range(count)]
+        names = [f"{breed} cat {first + i}" for i in range(count)][:limit]
         decode = lambda i: np.asarray(draw_cat(first + i, breed, size)).transpose(2, 0, 1)
     else:
-        names, files = list(zip(*find_images(source))) or ((), ())
+        found = find_images(source)[:limit]
+        names, files = [name for name, _ in found], [file for _, file in found]
 
         def decode(i):
             with Image.open(files[i]()) as image:
@@ -201,7 +206,8 @@ def load_images(source, size):
     failed, told = [], time.time()
     with ThreadPoolExecutor() as pool:
         for i, problem in enumerate(pool.map(fill, range(len(names)))):
-            failed += [(i, problem)] if problem else []
+            if problem:
+                failed.append((i, problem))
             if time.time() > told + 2:
                 print(f"reading {source}: {i + 1} of {len(names)}", file=sys.stderr)
                 told = time.time()
@@ -225,40 +231,39 @@ class Batches:
     """
 
     def __init__(self, images, batch, device, seed):
-        fits = device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+        room = {"cuda": lambda: torch.cuda.mem_get_info(device)[0], "mps": torch.mps.recommended_max_memory}
+        fits = device.type == "cpu" or images.nbytes < room[device.type]() / 2
         self.images, self.batch, self.device = images.to(device) if fits else images, batch, device
-        self.generator, self.order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64, device=self.images.device)
 
     def next(self):
         """-> uint8 [batch, 3, L, L] on the device."""
         while len(self.order) < self.batch:
-            self.order = torch.cat([self.order, torch.randperm(len(self.images), generator=self.generator)])
-        index, self.order = self.order[:self.batch], self.order[self.batch:]
-        if self.device.type != "cuda":
-            return self.images[index].to(self.device)
-        if self.images.is_cuda:  # from pinned memory a copy does not wait for the device
-            return self.images[index.pin_memory().to(self.device, non_blocking=True)]
-        return self.images[index].pin_memory().to(self.device, non_blocking=True)
+            epoch = torch.randperm(len(self.images), generator=self.generator)
+            self.order = torch.cat([self.order, epoch.to(self.order.device)])
+        index, self.order = self.order.split([self.batch, len(self.order) - self.batch])
+        images = self.images[index]
+        if images.device.type == "cpu" and self.device.type == "cuda":
+            images = images.pin_memory()  # from there a copy need not wait for the device
+        return images.to(self.device, non_blocking=True)
 
     def state_dict(self):
-        return {"order": self.order.clone(), "generator": self.generator.get_state(), "count": len(self.images)}
+        return {"order": self.order.cpu().clone(), "generator": self.generator.get_state(), "count": len(self.images)}
 
     def load_state_dict(self, state):
         if state["count"] != len(self.images):
             raise BadInput(f"the run was trained on {state['count']} images and the set now has {len(self.images)}: "
                            "restore the set, or start a new run")
-        self.order, _ = state["order"], self.generator.set_state(state["generator"])
+        self.order = state["order"].to(self.images.device)
+        self.generator.set_state(state["generator"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # "Deluxe": augmentation of the real images. Float [B, 3, L, L] in [0, 1] in, L -> size, each image its own draws.
 
 def crop(x, size):
-    """A random size x size window."""
-    B, C, L, _ = x.shape
-    rows, cols = (torch.arange(size, device=x.device) + diffaug.integers(x, 0, L - size) for _ in "yx")
-    x = x.gather(2, rows[:, None, :, None].expand(B, C, size, L))
-    return x.gather(3, cols[:, None, None, :].expand(B, C, size, size))
+    return diffaug.window(x, size, size)
 
 
 def flip(x, size):
@@ -271,7 +276,9 @@ def zoom(x, size):
     w, h, zero = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1), torch.zeros_like(area)
     left, top = ((1 - side) * diffaug.uniform(x, -1, 1).flatten() for side in (w, h))
     theta = torch.stack([w, zero, left, zero, h, top], dim=1).view(-1, 2, 3)
-    return F.grid_sample(x, F.affine_grid(theta, (len(x), 3, size, size), align_corners=False), align_corners=False)
+    inside = 1 - 1 / x.shape[-1]  # the centres of the outermost pixels; beyond them grid_sample mixes in black
+    grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False).clamp(-inside, inside)
+    return F.grid_sample(x, grid, align_corners=False)
 
 
 def jitter(x, size):
@@ -297,9 +304,9 @@ def load_size(size, ops):
 
 def deluxe(images, size, ops):
     """uint8 [B, 3, L, L] -> float [B, 3, size, size] in [-1, 1], tanh's range. ops: e.g. "crop,flip", or "" for none."""
-    x = images.float() / 255
-    for op in ops.split(",") if ops else ():
-        x = DELUXE[op](x, size)
+    x, ops = images.float() / 255, ops.split(",") if ops else []
+    for i, op in enumerate(ops):
+        x = DELUXE[op](x, x.shape[-1] if "crop" in ops[i + 1:] else size)  # what comes before the crop leaves it room
     return x * 2 - 1
 
 
@@ -312,9 +319,10 @@ def save_grid(images, path, columns=8):
 
 
 def save_gif(frames, path, milliseconds):
-    """Float images [N, 3, H, W] in [-1, 1] -> an endless GIF."""
-    first, *rest = (to_pil_image((frame.clamp(-1, 1) + 1) / 2) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
+    """Pillow images, or float images [N, 3, H, W] in [-1, 1] -> an endless GIF."""
+    frames = (to_pil_image((f.clamp(-1, 1) + 1) / 2) if isinstance(f, torch.Tensor) else f.convert("RGB") for f in frames)
+    frames = (f.quantize(256, Image.Quantize.FASTOCTREE) for f in frames)
+    next(frames).save(path, save_all=True, append_images=frames, duration=milliseconds, loop=0)
 
 
 def nearest(fakes, images):
@@ -322,15 +330,12 @@ def nearest(fakes, images):
 
     Root mean square difference at 32 x 32 pixels; a training image's mirror image counts as well.
     """
-    small = lambda x: F.adaptive_avg_pool2d(x, 32).flatten(1)
-    best, closest = torch.full((len(fakes),), math.inf), torch.zeros_like(fakes)
-    for chunk in images.split(1000):
-        real = chunk.cpu().float() / 127.5 - 1
-        real = torch.cat([real, real.flip(3)])
-        distance, index = (torch.cdist(small(fakes), small(real)) / math.sqrt(3 * 32 * 32)).min(dim=1)
-        closer = distance < best
-        best[closer], closest[closer] = distance[closer], real[index[closer]]
-    return closest, best
+    small = torch.cat([F.adaptive_avg_pool2d(chunk.float() / 127.5 - 1, 32) for chunk in images.split(256)])
+    both = torch.cat([small, small.flip(3)]).flatten(1)
+    distance, index = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), both).min(dim=1)
+    closest = images[index % len(images)].float() / 127.5 - 1
+    mirrored = (index >= len(images)).view(-1, 1, 1, 1)
+    return torch.where(mirrored, closest.flip(3), closest), distance / math.sqrt(both.shape[1])
 
 
 def plot(log, path, size=(900, 330)):
@@ -393,8 +398,8 @@ def policy(known):
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, the options that every run has, and options that come back from a checkpoint."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, doc="", **keys):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keys)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -409,25 +414,24 @@ class Parser(argparse.ArgumentParser):
         arg = self.add_argument_group("the run").add_argument
         arg("--out", metavar="DIR", help="folder of the run (default: out/NAME, named after the flags)")
         arg("--resume", metavar="RUN", help="go on with the run in this folder; options given here win over its own")
-        arg("--seed", type=number(0, kind=int), default=0)
+        arg("--seed", type=number(0, kind=int), default=0, help="the same seed: the same run")
         arg("--device", default="auto", help="cuda, mps, cpu (default: the best that is here)")
         arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
-        arg("--compile", action="store_true", help="torch.compile the networks: a slow start, then faster on a GPU")
-        arg("--log-every", type=number(1, kind=int), default=50, metavar="N")
-        arg("--sample-every", type=number(1, kind=int), default=200, metavar="N")
-        arg("--save-every", type=number(1, kind=int), default=400, metavar="N")
-        arg("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+        arg("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks: a slow start")
+        for what, every in (("log", 50), ("sample", 200), ("save", 400)):
+            arg(f"--{what}-every", type=number(1, kind=int), default=every, metavar="N", help="iterations (%(default)s)")
+        arg("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for it too (pip install tensorboard)")
 
     def parse(self, argv, program, fixed, apply):
         """-> (options, checkpoint or None). With --resume, or `apply`, the option that names a run to apply, the options
         start from that run's own; those named in `fixed` can't change any more."""
         opt, checkpoint = self.parse_args(argv), None
         if run := opt.resume or getattr(opt, apply):
-            if opt.resume and opt.out:
-                self.error("--resume goes on in the run's own folder: leave --out away")
+            if opt.resume and (opt.out or getattr(opt, apply)):
+                self.error(f"--resume goes on in the run's own folder: leave {'--out' if opt.out else '--' + apply} away")
             checkpoint = load_checkpoint(Path(run) / "ckpt.pt", program)
             own = checkpoint["options"]
-            self.set_defaults(**{k: v for k, v in own.items() if k not in ("out", "resume", apply)})
+            self.set_defaults(**{k: v for k, v in own.items() if k not in ("out", "device", "resume", apply)})
             opt = self.parse_args(argv)
             for name in fixed:
                 if getattr(opt, name) != own[name]:
@@ -446,6 +450,7 @@ def setup(opt):
     try:
         device = torch.device(best if opt.device == "auto" else opt.device)
         torch.empty(1, device=device)
+        assert device.type in ("cuda", "mps", "cpu")
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {opt.device}: there is no such device here; leave the option out to use {best}") from None
     if device.type == "cuda":
@@ -458,17 +463,15 @@ def setup(opt):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def random_state():
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+def random_state(device):
+    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+    return {"cpu": torch.get_rng_state(), "device": own}
 
 
-def set_random_state(state):
+def set_random_state(state, device):
     torch.set_rng_state(state["cpu"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if state["mps"] is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu" and state["device"] is not None:
+        torch.get_device_module(device).set_rng_state(state["device"])
 
 
 def save_checkpoint(checkpoint, path):
@@ -498,25 +501,31 @@ def load_checkpoint(path, program):
 
 
 def new_folder(given, otherwise, inside):
-    """Make a folder, and one inside it. Nothing is overwritten: a given one must not have it yet, others get -2, -3, ..."""
-    for path in [Path(given)] if given else itertools.chain([otherwise], (Path(f"{otherwise}-{k}") for k in itertools.count(2))):
+    """Make a folder, with one inside it, and never over an old run: a given one must be free, else try -2, -3, ..."""
+    if given:
+        path = Path(given)
+        if any((path / name).exists() for name in ("ckpt.pt", "log.csv", inside)):
+            raise BadInput(f"{given} is in use already: go on with --resume {given}, or give another --out")
+        (path / inside).mkdir(parents=True)
+        return path
+    for path in itertools.chain([otherwise], (Path(f"{otherwise}-{k}") for k in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            (path if not given else path / inside).mkdir(parents=True)
-            (path / inside).mkdir(exist_ok=True)
+            path.mkdir(parents=True)
+            (path / inside).mkdir()
             return path
-    raise BadInput(f"{given} holds a run already: go on with --resume {given}, or give another --out")
 
 
 class Run:
     """The folder of a run: log.csv, losses.png, samples/, timelapse.gif, ckpt.pt. `parts` are what a checkpoint holds:
     names and things that have state_dict() and load_state_dict(). The losses named in `columns` are summed up on the
-    device by add() and read by log(), the only place where training waits for the device.
+    device by add() and read by log(), the only place where training waits for the device; what is named in `measured`
+    is given to log().
     """
 
-    def __init__(self, opt, program, checkpoint, parts, columns, device):
-        self.opt, self.program, self.parts, self.columns = opt, program, parts, columns
-        self.iteration = self.logged = 0
-        self.sums, self.stopped_by, self.time = torch.zeros(len(columns), device=device), None, time.time()
+    def __init__(self, opt, program, checkpoint, parts, columns, device, measured=()):
+        self.opt, self.program, self.parts, self.columns = opt, program, parts, [*columns, *measured]
+        self.iteration = self.logged = self.first = 0
+        self.sums, self.stopped_by, self.time = torch.zeros(len(columns), device=device), None, time.perf_counter()
         self.board = None
         if opt.tensorboard:
             try:
@@ -527,9 +536,9 @@ class Run:
             self.path = Path(opt.resume)
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
-            self.iteration, self.logged = checkpoint["iteration"], checkpoint["logged"]
+            self.iteration, self.logged, self.first = checkpoint["iteration"], checkpoint["logged"], checkpoint["iteration"]
             self.sums += checkpoint["sums"].to(device)
-            set_random_state(checkpoint["random"])
+            set_random_state(checkpoint["random"], device)
             self.cut_log()
         else:
             self.path = new_folder(opt.out, Path("out") / opt.name, "samples")
@@ -542,10 +551,11 @@ class Run:
 
     def cut_log(self):
         """Drop the lines that were logged after the checkpoint: they are about to be made again."""
+        header = [*self.columns, "images/s"]
         with open(self.path / "log.csv", newline="") as file:
-            header, *rows = csv.reader(file)
+            rows = [r for r in csv.reader(file) if len(r) == len(header) + 1 and r[0].isdigit() and int(r[0]) <= self.logged]
         with open(self.path / "log.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header] + [r for r in rows if int(r[0]) <= self.logged])
+            csv.writer(file, lineterminator="\n").writerows([["iteration", *header], *rows])
 
     def stop(self, number, frame):
         self.stopped_by = number
@@ -558,13 +568,11 @@ class Run:
         """Add this iteration's losses and scores, 0-d tensors on the device."""
         self.sums += torch.stack([v.detach().float() for v in values])
 
-    def log(self):
+    def log(self, *measured):
         """Write the means since the last line to log.csv and the terminal. A mean that is not finite ends the run."""
-        means = (self.sums / (self.iteration - self.logged)).tolist()
-        speed = (self.iteration - self.logged) / (time.time() - self.time)
-        if not all(map(math.isfinite, means)):
-            last = f"the last good checkpoint is {self.path / 'ckpt.pt'}" if (self.path / "ckpt.pt").exists() else "no checkpoint yet"
-            raise BadInput(f"a loss is not finite by iteration {self.iteration}; {last}. Try lower rates or --dtype fp32")
+        means = (self.sums / (self.iteration - self.logged)).tolist() + [m.item() for m in measured]
+        self.check(means)
+        speed = (self.iteration - self.first) / (time.perf_counter() - self.time)
         with open(self.path / "log.csv", "a") as file:
             file.write(",".join([str(self.iteration), *(f"{m:.5g}" for m in means), f"{speed * self.opt.batch:.1f}"]) + "\n")
         if self.board:
@@ -574,21 +582,31 @@ class Run:
         print(f"{self.iteration:6d}/{self.opt.iters}", *(f"{n} {m:.3f}" for n, m in zip(self.columns, means)),
               f"{speed * self.opt.batch:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", sep="  ", flush=True)
         self.sums.zero_()
-        self.logged, self.time = self.iteration, time.time()
+        self.logged = self.first = self.iteration
+        self.time = time.perf_counter()
+
+    def check(self, numbers):
+        """A number that is not finite ends the run, before it can get into the log or a checkpoint."""
+        if not all(map(math.isfinite, numbers)):
+            good = self.path / "ckpt.pt"
+            raise BadInput(f"a loss is not finite by iteration {self.iteration}. The last good checkpoint: "
+                           f"{good if good.exists() else 'none yet'}. Try lower rates, or --dtype fp32")
 
     def save(self):
-        """Write ckpt.pt, losses.png and timelapse.gif."""
+        """Write ckpt.pt and losses.png."""
+        networks = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        self.check([self.sums.sum().item(), *(p.detach().float().sum().item() for net in networks for p in net.parameters())])
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_checkpoint({"program": self.program, "iteration": self.iteration, "options": vars(self.opt), "parts": parts,
-                         "logged": self.logged, "sums": self.sums.cpu(), "random": random_state()}, self.path / "ckpt.pt")
+                         "logged": self.logged, "sums": self.sums.cpu(), "random": random_state(self.sums.device)}, self.path / "ckpt.pt")
         plot(self.path / "log.csv", self.path / "losses.png")
-        if files := sorted((self.path / "samples").glob("*.png")):
-            frames = [Image.open(file).convert("RGB") for file in files]
-            frames[0].save(self.path / "timelapse.gif", save_all=True, append_images=frames[1:], duration=150, loop=0)
 
     def finish(self):
-        """After the loop: the last save, and how to go on. After Ctrl-C or SIGTERM the exit status says so."""
+        """After the loop: the last save, timelapse.gif, and how to go on. Ctrl-C and SIGTERM show in the exit status."""
         self.save()
+        files = sorted((self.path / "samples").glob("*.png"))
+        if files:
+            save_gif((Image.open(file) for file in files[::len(files) // 100 + 1]), self.path / "timelapse.gif", 150)
         print(f"{'stopped' if self.stopped_by else 'finished'} at iteration {self.iteration}: {self.path}")
         if self.stopped_by:
             print(f"go on with: python {self.program}.py --resume {self.path}")
@@ -608,11 +626,14 @@ def get(name, url=None, root="datasets"):
     by_hand = f"get the images elsewhere and put them into {target}/trainA, trainB, testA and testB"
     if target.exists():
         raise BadInput(f"{target} is there already; delete it to fetch it again")
+    socket.setdefaulttimeout(30)  # a host that accepts and then says nothing
     try:
         download_url(url, root, archive.name)
         with zipfile.ZipFile(archive) as file:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
+            if not any(member.startswith(f"{name}/") for member in file.namelist()):
+                raise zipfile.BadZipFile(f"no folder {name} in it")
             file.extractall(root)
     except (urllib.error.URLError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         archive.unlink(missing_ok=True)
@@ -623,7 +644,7 @@ def get(name, url=None, root="datasets"):
 
 def preview(source, size, ops, augmentation, path, rows=8):
     """A contact sheet: in each row an image as it is, then 11 augmented versions of it."""
-    images = load_images(source, load_size(size, ops))[:rows]
+    images = load_images(source, load_size(size, ops), limit=rows)
     plain = F.interpolate(images.float() / 127.5 - 1, size=(size, size), mode="bilinear", antialias=True)
     versions = [diffaug.augment(deluxe(images, size, ops), augmentation) for _ in range(11)]
     save_grid(torch.stack([plain, *versions], dim=1).flatten(0, 1), path, columns=12)
@@ -632,7 +653,7 @@ def preview(source, size, ops, augmentation, path, rows=8):
 
 def main(argv=None):
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=lambda **kw: Parser(""))
+    commands = parser.add_subparsers(dest="command", required=True)
     fetch, show = commands.add_parser("get"), commands.add_parser("preview")
     fetch.add_argument("name", help="apple2orange, grumpifycat, horse2zebra, monet2photo, ...")
     fetch.add_argument("--url", help="another address of the zip")

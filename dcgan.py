@@ -32,29 +32,34 @@ def options(argv=None):
     arg = parser.add_argument
     arg("--data", default="toy-grumpy", help="folder or .zip of images, or a drawn set: toy-grumpy, toy-blue")
     parser.add_augmentation()
-    arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels")
-    arg("--width", type=data.number(1, kind=int), default=32, help="channels of the layers at the highest resolution")
-    arg("--z", type=data.number(1, kind=int), default=100, help="numbers of noise that an image is made from")
-    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution")
-    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="in G, and in D if not spectral")
+    arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels (%(default)s)")
+    arg("--width", type=data.number(1, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
+    arg("--z", type=data.number(2, kind=int), default=100, help="numbers of noise that an image is made from (%(default)s)")
+    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution (%(default)s)")
+    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="in G, and in D if not spectral (%(default)s)")
     arg("--spectral-norm", action=argparse.BooleanOptionalAction, default=None, help="on D's layers, in place of --norm (default: on, but not for wgan)")
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--selu", action="store_true", help="SELU instead of normalisation and ReLU, in both networks")
-    arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan")
+    arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(%(default)s)")
     arg("--critic-iters", type=data.number(1, kind=int), default=None, metavar="N", help="steps of D per step of G (1; wgan: 5)")
     arg("--smooth", type=data.number(0, 2), nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"), help="draw D's target for reals from here")
     arg("--g-target", type=data.number(-1, 2), default=1.0, metavar="T", help="score that G aims at (lsgan); 0.5: the boundary")
-    arg("--g-lr", type=data.number(1e-9, 1), default=4e-4, metavar="RATE")
-    arg("--d-lr", type=data.number(1e-9, 1), default=8e-4, metavar="RATE")
-    arg("--batch", type=data.number(1, kind=int), default=16)
-    arg("--iters", type=data.number(1, kind=int), default=6400, help="steps of G")
-    arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generator; 0: no average")
+    arg("--g-lr", type=data.number(1e-9, 1), default=2e-4, metavar="RATE", help="of Adam (%(default)s)")
+    arg("--d-lr", type=data.number(1e-9, 1), default=4e-4, metavar="RATE", help="of Adam (%(default)s)")
+    arg("--batch", type=data.number(1, kind=int), default=16, help="images per step (%(default)s)")
+    arg("--iters", type=data.number(1, kind=int), default=6400, help="steps of G (%(default)s)")
+    arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generator; 0: no average (%(default)s)")
     arg("--sample", metavar="RUN", help="don't train: draw from this run's averaged generator")
     arg("--n", type=data.number(1, kind=int), default=64, help="how many images --sample draws")
     parser.add_run()
     opt, checkpoint = parser.parse(argv, "dcgan", FIXED, apply="sample")
     if opt.smooth[0] > opt.smooth[1]:
         parser.error(f"--smooth {opt.smooth[0]:g} {opt.smooth[1]:g}: the lower limit comes first")
+    for name, without_effect, why in (("smooth", opt.loss.startswith("wgan"), "a critic has no targets"),
+                                      ("g_target", opt.loss != "lsgan", "only lsgan has one"),
+                                      ("norm", opt.selu, "SELU stands in its place")):
+        if without_effect and getattr(opt, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} would have no effect here: {why}")
     if opt.spectral_norm is None:  # a clipped or penalised critic is kept smooth by that
         opt.spectral_norm = not opt.loss.startswith("wgan")
     if opt.critic_iters is None:
@@ -169,7 +174,7 @@ def step(G, D, opt_G, opt_D, next_real, opt, cast):
         D.requires_grad_(True)
         images = diffaug.augment(torch.cat([real, fake.detach()]), opt.diffaug)
         with cast():
-            if opt.norm == "batch" and not opt.spectral_norm:  # batch statistics must not mix real and fake
+            if any(isinstance(layer, nn.BatchNorm2d) for layer in D.modules()):  # its statistics must not mix real and fake
                 score_real, score_fake = D(images[:len(real)]), D(images[len(real):])
             else:
                 score_real, score_fake = D(images).chunk(2)
@@ -189,8 +194,9 @@ def step(G, D, opt_G, opt_D, next_real, opt, cast):
         (loss_real + loss_fake + 10 * penalty).backward()
         opt_D.step()
         if opt.loss == "wgan":
-            for weight in D.parameters():
-                weight.data.clamp_(-0.01, 0.01)
+            with torch.no_grad():
+                for weight in D.parameters():
+                    weight.clamp_(-0.01, 0.01)
 
     # Train G, through a D that stands still.
     D.requires_grad_(False)
@@ -223,7 +229,8 @@ def average(ema, G, decay, iteration):
     """Move the averaged generator towards G. Its memory is short at first, or it would long remember the random start."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
     for mean, now in zip(ema.state_dict().values(), G.state_dict().values()):  # batch norm's statistics among them
-        mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
+        if mean.is_floating_point():  # the other one counts batches, and nobody asks it
+            mean.lerp_(now, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def build(opt, device):
     norm_d = "instance" if opt.loss == "wgan-gp" and opt.norm == "batch" else opt.norm
     G = Generator(opt.size, opt.width, opt.z, opt.up, opt.norm, opt.selu)
     D = Discriminator(opt.size, opt.width, norm_d, opt.spectral_norm, opt.patch, opt.selu)
-    return (net.to(device, memory_format=torch.channels_last) for net in (G, D))
+    return G.to(device), D.to(device)
 
 
 def optimizer(net, rate, loss):
@@ -258,7 +265,9 @@ def train(opt, checkpoint):
     opt_G.param_groups[0]["lr"], opt_D.param_groups[0]["lr"] = opt.g_lr, opt.d_lr  # new ones, if given on a resume
     fixed_noise = torch.randn(64, opt.z, 1, 1, generator=torch.Generator().manual_seed(opt.seed)).to(device)
     if opt.compile:
-        G.compile(), D.compile()
+        G.compile()
+        if opt.loss != "wgan-gp":  # torch.compile has no second derivatives
+            D.compile()
     print(f"{run.path}: {len(images)} images of {opt.data} at {opt.size} px, on {device}, "
           f"G {sum(p.numel() for p in G.parameters()):,} and D {sum(p.numel() for p in D.parameters()):,} parameters")
 
@@ -298,7 +307,6 @@ def sample(opt, checkpoint):
     fakes = torch.cat([G(z).cpu() for z in noise[:opt.n].split(64)])
     ends = noise[opt.n:]
     walk = torch.cat([G(torch.stack([slerp(a, b, t / 16) for t in range(16)])).cpu() for a, b in zip(ends, ends.roll(-1, 0))])
-    images = data.load_images(opt.data, opt.size)
 
     folder = data.new_folder(opt.out, Path(opt.sample) / "generated", "images")
     for i, image in enumerate(fakes):
@@ -306,13 +314,16 @@ def sample(opt, checkpoint):
     data.save_grid(fakes, folder / "grid.png")
     data.save_grid(walk[::2], folder / "walk.png")
     data.save_gif(walk, folder / "walk.gif", 60)
-    closest, distance = data.nearest(fakes, images)
+    print(f"{folder}: {opt.n} images, grid.png, walk.gif, walk.png")
+    closest, distance = data.nearest(fakes, data.load_images(opt.data, opt.size))
     data.save_grid(torch.cat([fakes, closest], dim=2), folder / "nearest.png")
-    print(f"{folder}: {opt.n} images, grid.png, walk.gif, walk.png, and nearest.png: each sample above the training image "
-          f"that is nearest to it (median distance {distance.median():.3f})")
+    print(f"nearest.png: each sample above the training image that is nearest to it (median distance {distance.median():.3f})")
 
 
 if __name__ == "__main__":
     with data.one_line_errors():
         opt, checkpoint = options()
-        sample(opt, checkpoint) if opt.sample else train(opt, checkpoint)
+        if opt.sample:
+            sample(opt, checkpoint)
+        else:
+            train(opt, checkpoint)

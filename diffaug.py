@@ -36,15 +36,20 @@ def contrast(x):
     return (x - mean) * uniform(x, 0.5, 1.5) + mean
 
 
+def window(x, H, W):
+    """A random H x W window of each image."""
+    B, C, height, width = x.shape
+    rows = torch.arange(H, device=x.device) + integers(x, 0, height - H)  # [B, H]: the rows to take
+    cols = torch.arange(W, device=x.device) + integers(x, 0, width - W)
+    x = x.gather(2, rows[:, None, :, None].expand(B, C, H, width))
+    return x.gather(3, cols[:, None, None, :].expand(B, C, H, W))
+
+
 def translation(x, ratio=0.125):
     """Shift by up to ratio of the side each way. What comes in from outside is 0: mid-grey in [-1, 1]."""
-    B, C, H, W = x.shape
+    H, W = x.shape[2:]
     up, left = int(ratio * H + 0.5), int(ratio * W + 0.5)
-    x = F.pad(x, (left, left, up, up))
-    rows = torch.arange(H, device=x.device) + integers(x, 0, 2 * up)  # [B, H]: which padded row lands in row 0, 1, ...
-    cols = torch.arange(W, device=x.device) + integers(x, 0, 2 * left)
-    x = x.gather(2, rows[:, None, :, None].expand(B, C, H, x.shape[3]))
-    return x.gather(3, cols[:, None, None, :].expand(B, C, H, W))
+    return window(F.pad(x, (left, left, up, up)), H, W)
 
 
 def cutout(x, ratio=0.5):
