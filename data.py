@@ -6,6 +6,7 @@
 Inside the programs an image is a uint8 tensor [3, H, W] until it is in a batch, then a float tensor in [-1, 1].
 """
 import argparse
+import collections
 import colorsys
 import contextlib
 import csv
@@ -127,6 +128,14 @@ def draw_cat(number, breed, size):
     return Image.fromarray(lit).resize((size, size), Image.Resampling.LANCZOS)
 
 
+def drawn_pairs(X, Y, size):
+    """If X and Y are drawn sets of two breeds: the same 16 cats, in neither set, in both -> float [16, 3, S, S] each."""
+    if {X, Y} != set(DRAWN):
+        return None
+    return [torch.stack([torch.from_numpy(np.array(draw_cat(number, DRAWN[name][0], size))).permute(2, 0, 1) / 127.5 - 1
+                         for number in range(2000, 2016)]) for name in (X, Y)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Images in
 
@@ -221,6 +230,31 @@ def load_images(source, size, limit=None):
     if len(failed) == len(names):
         raise BadInput(f"no usable image in {source}: looked for .png, .jpg, .webp, .gif and whatever else Pillow reads, in all its subfolders")
     return images[:len(names) - len(failed)]
+
+
+def read_pictures(source, side):
+    """An image file, a folder or a .zip -> one by one (name for the result, float [1, 3, H, W] in [-1, 1]).
+
+    The shorter side becomes `side` pixels, the proportions stay. The name is the picture's own, with .png for its suffix,
+    or behind it where two differ in nothing else. What can't be read is named and skipped.
+    """
+    path = Path(source)
+    single = path.is_file() and not zipfile.is_zipfile(path)
+    found = [(str(path), lambda: path)] if single else find_images(source)
+    names = [os.path.relpath(name, path.parent if single else path) if path.is_dir() or single else name for name, _ in found]
+    stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
+    for name, (_, file) in zip(names, found):
+        try:
+            with Image.open(file()) as image:
+                image = to_rgb(image)
+            scale = side / min(image.size)
+            image = image.resize([round(scale * n) for n in image.size], Image.Resampling.BICUBIC)
+        except Exception as error:  # as in load_images
+            print(f"skipped {name}: {error}", file=sys.stderr)
+            continue
+        stem = Path(*[part for part in Path(name).parts if part not in ("..", "/")]).with_suffix("")
+        twice = stems[str(Path(name).with_suffix("")).lower()] > 1
+        yield f"{stem}{Path(name).suffix if twice else ''}.png", torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 class Batches:
@@ -504,14 +538,14 @@ def new_folder(given, otherwise, inside):
     """Make a folder, with one inside it, and never over an old run: a given one must be free, else try -2, -3, ..."""
     if given:
         path = Path(given)
-        if any((path / name).exists() for name in ("ckpt.pt", "log.csv", inside)):
+        if any((path / name).exists() for name in ("ckpt.pt", "log.csv", "samples", "images")):
             raise BadInput(f"{given} is in use already: go on with --resume {given}, or give another --out")
-        (path / inside).mkdir(parents=True)
+        (path / inside).mkdir(parents=True, exist_ok=True)
         return path
     for path in itertools.chain([otherwise], (Path(f"{otherwise}-{k}") for k in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-            (path / inside).mkdir()
+            (path / inside).mkdir(exist_ok=True)
             return path
 
 
@@ -543,7 +577,7 @@ class Run:
         else:
             self.path = new_folder(opt.out, Path("out") / opt.name, "samples")
             with open(self.path / "log.csv", "w") as file:
-                file.write(",".join(["iteration", *columns, "images/s"]) + "\n")
+                file.write(",".join(["iteration", *self.columns, "images/s"]) + "\n")
         if opt.tensorboard:
             self.board = SummaryWriter(self.path, purge_step=self.iteration + 1)
         for number in (signal.SIGINT, signal.SIGTERM):  # the loop ends after the iteration in hand; a second one kills
