@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+import cyclegan
 import data
 import dcgan
 import diffaug
@@ -691,6 +692,134 @@ def test_precision(monkeypatch):
 
 def test_only_the_promised_packages_are_imported():
     allowed = {"torch", "torchvision", "PIL", "numpy", "data", "diffaug"} | sys.stdlib_module_names
-    for file in ("dcgan.py", "data.py", "diffaug.py"):
+    for file in ("dcgan.py", "cyclegan.py", "data.py", "diffaug.py"):
         words = [line.split() for line in (HERE / file).read_text().splitlines() if line.lstrip().startswith(("import ", "from "))]
         assert {w[1].split(".")[0] for w in words} <= allowed, file
+
+
+# ---- CycleGAN -------------------------------------------------------------------------------------------------------
+
+def cycle_options(*argv):
+    return cyclegan.options([*SMALL[:4], *SMALL[6:], *map(str, argv)])
+
+
+def test_cyclegan_networks():
+    """The paper's sizes at 256 px; blocks with weights of their own; the discriminator of dcgan.py."""
+    assert parameters(cyclegan.Generator(256, 64, blocks=9)) == 11_378_179
+    assert parameters(cyclegan.Discriminator(256, 64, spectral=False, patch=True)) == 2_764_737
+    G = cyclegan.Generator(64, 4, blocks=3)
+    assert G(torch.zeros(1, 3, 64, 48)).shape == (1, 3, 64, 48)
+    assert len({id(p) for p in G.parameters()}) == len(list(G.parameters())) and len([m for m in G if isinstance(m, cyclegan.ResidualBlock)]) == 3
+    assert parameters(G) - parameters(cyclegan.Generator(64, 4, blocks=2)) == 2 * (9 * 8 * 8 + 8)
+    assert parameters(cyclegan.Generator(64, 4, up="transpose")) - parameters(G) == (16 - 9) * (8 * 4 + 4 * 3)
+    for flags in ({"patch": True}, {"patch": False}, {"spectral": False, "norm": "instance"}):
+        ours, theirs = cyclegan.Discriminator(64, 4, **flags), dcgan.Discriminator(64, 4, **flags)
+        assert ours.state_dict().keys() == theirs.state_dict().keys() and parameters(ours) == parameters(theirs)
+
+
+class ShiftG(nn.Module):
+    def __init__(self, by):
+        super().__init__()
+        self.by, self.calls = nn.Parameter(torch.tensor(by)), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.by
+
+
+@pytest.mark.parametrize("argv, cycle, identity, gradient, calls", [
+    ([], 0.0, 0.0, -1.4, 1),
+    (["--cycle"], 0.2, 0.0, -1.4 - 10 * 2, 2),
+    (["--cycle", "l2", "--lambda-cycle", 5], 0.04, 0.0, -1.4 - 5 * 2 * 0.4, 2),
+    (["--cycle", "--identity", 3], 0.2, 0.4, -1.4 - 10 * 2 + 3, 2),
+])
+def test_cyclegan_losses_by_hand(argv, cycle, identity, gradient, calls):
+    """x = 0.2, y = 0.5, G_XY adds 0.1, G_YX takes 0.3 off, D is the mean. Two forwards, four with the cycle."""
+    opt, _ = cycle_options(*argv)
+    Gs, Ds = [ShiftG(0.1), ShiftG(-0.3)], [MeanD(), MeanD()]
+    optimizers = [torch.optim.SGD([p for net in nets for p in net.parameters()], 0.0) for nets in (Gs, Ds)]
+    x, y = torch.full((2, 3, 32, 32), 0.2), torch.full((2, 3, 32, 32), 0.5)
+    pools = cyclegan.Pool(0), cyclegan.Pool(0)
+    losses = cyclegan.step(*Gs, *Ds, *optimizers, x, y, pools, opt, contextlib.nullcontext)
+    d = lambda value: value + 0.25
+    assert [loss.item() for loss in losses] == pytest.approx([
+        (d(0.2) - 1) ** 2 + d(0.2) ** 2, (d(0.5) - 1) ** 2 + d(0.3) ** 2, (d(0.3) - 1) ** 2, (d(0.2) - 1) ** 2,
+        cycle, cycle, identity, d(0.2), d(0.2), d(0.5), d(0.3)], abs=1e-5)
+    assert Gs[0].by.grad.item() == pytest.approx(gradient + 0.5, abs=1e-4)  # 2 (d(0.3) - 1) = -1.4 + 0.5
+    assert [G.calls for G in Gs] == [calls, calls] and [D.calls for D in Ds] == [[4, 2], [4, 2]]
+
+
+def test_pool_keeps_half_and_returns_old_fakes():
+    pool, image = cyclegan.Pool(50), lambda value, n: torch.full((n, 3, 2, 2), float(value))
+    for i in range(5):
+        assert torch.equal(pool.swap(image(i, 10)), image(i, 10))  # as long as it fills, everything passes
+    assert len(pool.images) == 50
+    returned = torch.cat([pool.swap(image(9, 10)) for _ in range(20)])[:, 0, 0, 0]
+    assert 40 < (returned != 9).sum() < 50.5 and set(returned.tolist()) == {0, 1, 2, 3, 4, 9}
+    assert len(pool.swap(image(1, 60))) == 60 and len(pool.images) == 50  # a batch larger than the pool
+    assert torch.equal(cyclegan.Pool(0).swap(image(1, 3)), image(1, 3))
+
+
+def test_cyclegan_run_resume_and_translation(cats, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i in range(3):  # fewer than a batch, and not as many as the other set
+        data.draw_cat(1000 + i, "blue", 32).save(few / f"{i}.png")
+    def train(*argv):
+        cyclegan.train(*cycle_options(*argv))
+    flags = ["--X", few, "--Y", cats, "--patch", "--cycle", "--deluxe", "--diffaug", "--identity", 1, "--decay", "--pool", 6, "--dtype", "fp32"]
+    train(*flags, "--iters", 6, "--out", tmp_path / "a")
+    stopping = cyclegan.average  # SIGINT at the third iteration
+    calls = []
+    def interrupted(*args):
+        calls.append(1)
+        stopping(*args)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+    cyclegan.average = interrupted
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train(*flags, "--iters", 6, "--out", tmp_path / "b")
+    finally:
+        cyclegan.average = stopping
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stopped.value.code == 130
+    train("--resume", tmp_path / "b")
+    a, b = (data.load_checkpoint(tmp_path / run / "ckpt.pt", "cyclegan") for run in "ab")
+    assert all(same(a[key], b[key]) for key in ("iteration", "parts", "sums", "logged", "random"))
+    assert len(a["parts"]["pool_X"]["images"]) == 6 and a["parts"]["opt_G"]["param_groups"][0]["lr"] == pytest.approx(3e-4 * (2 - 12 / 7))
+    assert Image.open(tmp_path / "a" / "samples" / "000006.png").size == (3 * 34 + 2, 6 * 34 + 2)  # three rows each way
+    header = next(csv.reader(open(tmp_path / "a" / "log.csv")))
+    assert header[1:8] == ["D_X_loss", "D_Y_loss", "G_XY_loss", "G_YX_loss", "cycle_X", "cycle_Y", "identity"] and "truth_error" not in header
+
+    photos = tmp_path / "photos" / "sub"
+    photos.mkdir(parents=True)
+    Image.new("RGBA", (300, 101), (255, 0, 0, 0)).save(photos / "été 1.png")
+    Image.new("L", (30, 90)).save(photos / "été 1.jpg")
+    Image.new("RGB", (50, 50)).save(tmp_path / "photos" / "b.webp")
+    for to in "XY":
+        cyclegan.translate(*cycle_options("--translate", tmp_path / "a", "--input", tmp_path / "photos", "--to", to))
+    results = tmp_path / "a" / "translated_to_Y"
+    sizes = {str(p.relative_to(results)): Image.open(p).size for p in results.rglob("*.png")}
+    assert sizes == {"b.png": (32, 32), os.path.join("sub", "été 1.png.png"): (95, 32), os.path.join("sub", "été 1.jpg.png"): (32, 96)}
+    one, other = (np.asarray(Image.open(tmp_path / "a" / f"translated_to_{to}" / "b.png")).astype(int) for to in "XY")
+    assert np.abs(one - other).max() > 0  # two directions, two networks
+
+
+def test_truth_error_of_drawn_cats(tmp_path, monkeypatch):
+    numbers = {n for _, first, count in data.DRAWN.values() for n in range(first, first + count)}
+    assert len(numbers) == 204 + 75 and not numbers & set(range(2000, 2016))  # unpaired, and held out
+    for name, (breed, first, _) in data.DRAWN.items():
+        monkeypatch.setitem(data.DRAWN, name, (breed, first, 5))  # all of them would take long
+    pairs = data.drawn_pairs("toy-blue", "toy-grumpy", 32)
+    assert pairs[0].shape == pairs[1].shape == (16, 3, 32, 32) and 0.1 < F.l1_loss(*pairs) < 0.5
+    assert data.drawn_pairs("toy-blue", "elsewhere", 32) is None
+    expected = [np.asarray(data.draw_cat(2015, breed, 32)) / 127.5 - 1 for breed in ("blue", "grumpy")]
+    assert all(np.allclose(pair[15].permute(1, 2, 0), cat, atol=1e-6) for pair, cat in zip(pairs, expected))
+    cyclegan.train(*cycle_options("--iters", 1, "--out", tmp_path / "run"))
+    row = next(csv.DictReader(open(tmp_path / "run" / "log.csv")))
+    ema = [cyclegan.Generator(32, 4) for _ in "XY"]
+    for G, name in zip(ema, ("ema_XY", "ema_YX")):
+        G.load_state_dict(data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "cyclegan")["parts"][name])
+    expected = (F.l1_loss(ema[0](pairs[0]), pairs[1]) + F.l1_loss(ema[1](pairs[1]), pairs[0])) / 2
+    assert float(row["truth_error"]) == pytest.approx(expected.item(), rel=1e-3)
