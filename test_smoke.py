@@ -30,6 +30,11 @@ HERE = Path(__file__).parent
 SMALL = "--size 32 --width 4 --z 8 --batch 4 --log-every 1 --sample-every 2 --save-every 2 --device cpu".split()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def options(*argv):
     return dcgan.options([*SMALL, *map(str, argv)])[0]
 
@@ -125,7 +130,7 @@ def test_initial_weights_and_spectral_norm():
         D(torch.zeros(1, 3, 64, 64))
     for layer in D.eval():
         if isinstance(layer, nn.Conv2d):
-            assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2) - 1) < 0.02
+            assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2) - 1) < 0.03
             assert abs(layer.parametrizations.weight.original.std() - 0.02) < 0.004
 
 
