@@ -152,10 +152,11 @@ class ConstantG(nn.Module):
     def __init__(self):
         super().__init__()
         self.level = nn.Parameter(torch.tensor(-0.3))
-        self.noise = []
+        self.noise, self.graphs = [], []
 
     def forward(self, z):
         self.noise.append(z)
+        self.graphs.append(torch.is_grad_enabled())
         return self.level.expand(len(z), 3, 32, 32)
 
 
@@ -193,6 +194,7 @@ def test_wgan_clips_and_iterates_its_critic():
     losses, G, D, used = one_step("--loss", "wgan", "--d-lr", 5e-5)
     assert losses[0] == pytest.approx(-0.005 - 0.25) and D.slope.item() == pytest.approx(0.01)  # clipped from the 1st step on
     assert used == 5 and len(G.noise) == 5 and not torch.equal(G.noise[0], G.noise[1])
+    assert G.graphs == [False] * 4 + [True]  # only the last fakes are G's to learn from
     assert one_step("--loss", "wgan", "--critic-iters", 2)[3] == 2 and one_step("--loss", "wgan-gp")[3] == 5
     opt = options("--loss", "wgan")
     _, D = dcgan.build(opt, torch.device("cpu"))
