@@ -644,11 +644,29 @@ def test_weights_that_are_not_finite_are_never_saved(cats, tmp_path, monkeypatch
 
 
 def test_checkpoint_survives_a_failed_write(tmp_path, monkeypatch):
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: flushed.append(fsync(number)))
     data.save_checkpoint({"program": "dcgan", "x": 1}, tmp_path / "ckpt.pt")
+    assert len(flushed) == 1
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
         data.save_checkpoint({"program": "dcgan", "x": 2}, tmp_path / "ckpt.pt")
     assert data.load_checkpoint(tmp_path / "ckpt.pt", "dcgan")["x"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+class Planted:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_can_not_run_code(tmp_path):
+    torch.save({"program": "dcgan", "x": Planted(tmp_path / "ran")}, tmp_path / "ckpt.pt")
+    with pytest.raises(data.BadInput, match="damaged or no checkpoint"):
+        data.load_checkpoint(tmp_path / "ckpt.pt", "dcgan")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -756,6 +774,13 @@ def test_cyclegan_losses_by_hand(argv, cycle, identity, gradient, calls):
     assert [G.calls for G in Gs] == [calls, calls] and [D.calls for D in Ds] == [[4, 2], [4, 2]]
 
 
+def test_cyclegan_diffaug_reaches_both_discriminators_in_both_steps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(diffaug, "augment", lambda x, policy: seen.append((len(x), policy)) or x)
+    test_cyclegan_losses_by_hand(["--diffaug", "cutout"], 0.0, 0.0, -1.4, 1)
+    assert seen == [(4, "cutout"), (4, "cutout"), (2, "cutout"), (2, "cutout")]
+
+
 def test_pool_keeps_half_and_returns_old_fakes():
     pool, image = cyclegan.Pool(50), lambda value, n: torch.full((n, 3, 2, 2), float(value))
     for i in range(5):
@@ -774,7 +799,7 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
         data.draw_cat(1000 + i, "blue", 32).save(few / f"{i}.png")
     def train(*argv):
         cyclegan.train(*cycle_options(*argv))
-    flags = ["--X", few, "--Y", cats, "--patch", "--cycle", "--deluxe", "--diffaug", "--identity", 1, "--decay", "--pool", 6, "--dtype", "fp32"]
+    flags = ["--X", few, "--Y", cats, "--patch", "--cycle", "--deluxe", "--diffaug", "--identity", 1, "--decay", "--pool", 6, "--dtype", "fp32", "--log-every", 2]
     train(*flags, "--iters", 6, "--out", tmp_path / "a")
     stopping = cyclegan.average  # SIGINT at the third iteration
     calls = []
@@ -791,10 +816,14 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
         cyclegan.average = stopping
         signal.signal(signal.SIGINT, signal.default_int_handler)
     assert stopped.value.code == 130
-    train("--resume", tmp_path / "b")
+    cyclegan.train(*cyclegan.options(["--resume", str(tmp_path / "b")]))
     a, b = (data.load_checkpoint(tmp_path / run / "ckpt.pt", "cyclegan") for run in "ab")
     assert all(same(a[key], b[key]) for key in ("iteration", "parts", "sums", "logged", "random"))
-    assert len(a["parts"]["pool_X"]["images"]) == 6 and a["parts"]["opt_G"]["param_groups"][0]["lr"] == pytest.approx(3e-4 * (2 - 12 / 7))
+    logs = [[row[:-1] for row in csv.reader(open(tmp_path / run / "log.csv"))] for run in "ab"]
+    assert logs[0] == logs[1] and [row[0] for row in logs[0]] == ["iteration", "2", "4", "6"]  # the third was half a line
+    assert len(a["parts"]["pool_X"]["images"]) == 6
+    for part in ("opt_G", "opt_D"):
+        assert a["parts"][part]["param_groups"][0]["lr"] == pytest.approx(3e-4 * (2 - 12 / 7))
     assert Image.open(tmp_path / "a" / "samples" / "000006.png").size == (3 * 34 + 2, 6 * 34 + 2)  # three rows each way
     header = next(csv.reader(open(tmp_path / "a" / "log.csv")))
     assert header[1:8] == ["D_X_loss", "D_Y_loss", "G_XY_loss", "G_YX_loss", "cycle_X", "cycle_Y", "identity"] and "truth_error" not in header
@@ -809,8 +838,12 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
     results = tmp_path / "a" / "translated_to_Y"
     sizes = {str(p.relative_to(results)): Image.open(p).size for p in results.rglob("*.png")}
     assert sizes == {"b.png": (32, 32), os.path.join("sub", "été 1.png.png"): (95, 32), os.path.join("sub", "été 1.jpg.png"): (32, 96)}
-    one, other = (np.asarray(Image.open(tmp_path / "a" / f"translated_to_{to}" / "b.png")).astype(int) for to in "XY")
-    assert np.abs(one - other).max() > 0  # two directions, two networks
+    for to, name in (("X", "ema_YX"), ("Y", "ema_XY")):  # two directions, two networks
+        G = cyclegan.Generator(32, 4)
+        G.load_state_dict(a["parts"][name])
+        expected = (G(-torch.ones(1, 3, 32, 32))[0].detach() + 1) * 127.5
+        drawn = np.asarray(Image.open(tmp_path / "a" / f"translated_to_{to}" / "b.png")).transpose(2, 0, 1)
+        assert np.abs(expected.numpy() - drawn).max() <= 1 and not same(a["parts"]["ema_XY"], a["parts"]["ema_YX"])
 
 
 def test_truth_error_of_drawn_cats(tmp_path, monkeypatch):
