@@ -89,17 +89,6 @@ class UpConv(nn.Conv2d):
 
 
 def norm_layer(norm, channels):
-    return {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
-
-
-def init_weights(net):
-    """N(0, 0.02) for every convolution (Radford et al.)."""
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, 0, 0.02)
-
-
-def norm_layer(norm, channels):
     return {"instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
 
 
@@ -162,7 +151,7 @@ class Discriminator(nn.Sequential):
         layers, inputs = [], 3
         for i, stride in enumerate(strides):  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
             channels = width * 2 ** i
-            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=i == 0 or norm != "batch")]
+            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1)]
             layers += [*(norm_layer(norm, channels) if i else []), nn.LeakyReLU(0.2)]
             inputs = channels
         layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # one score: no norm, no activation
