@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import data
 import diffaug
+from diffaug import RANK, WORLD
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
@@ -174,16 +175,17 @@ class Pool:
 
     def swap(self, fakes):
         """Fakes [B, C, H, W] -> the same number; each is with probability 1/2 kept for later, and an earlier one returned."""
+        fakes = data.gather(fakes)  # several processes share one pool
         missing = self.size - len(self.images)
         if missing > 0:
             self.images = torch.cat([self.images.to(fakes), fakes[:missing]])
         if missing > 0 or self.size == 0:
-            return fakes
+            return fakes[RANK::WORLD]
         new, rest = fakes[:self.size], fakes[self.size:]
         slots = torch.rand(self.size, device=fakes.device).argsort()[:len(new)]  # different ones, drawn on the device
-        old, keep = self.images[slots], diffaug.uniform(new, 0, 1) < 0.5
+        old, keep = self.images[slots], torch.rand(len(new), 1, 1, 1, device=new.device) < 0.5
         self.images[slots] = torch.where(keep, new, old)
-        return torch.cat([torch.where(keep, old, new), rest])
+        return torch.cat([torch.where(keep, old, new), rest])[RANK::WORLD]
 
     def state_dict(self):
         return {"images": self.images}
@@ -258,7 +260,9 @@ def build(opt, device):
 
 
 def optimizer(nets, rate):
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], rate, betas=(0.5, 0.999), fused=True)
+    optimizer = torch.optim.Adam([p for net in nets for p in net.parameters()], rate, betas=(0.5, 0.999), fused=True)
+    optimizer.register_step_pre_hook(data.average_gradients)
+    return optimizer
 
 
 def train(opt, checkpoint):

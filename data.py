@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torchvision.datasets.utils import download_url
@@ -34,6 +35,7 @@ from torchvision.transforms.functional import autocontrast, to_pil_image
 from torchvision.utils import make_grid, save_image
 
 import diffaug
+from diffaug import RANK, WORLD
 
 warnings.filterwarnings("ignore", module="PIL")  # odd metadata and the like: what can be read, is
 
@@ -260,7 +262,7 @@ def read_pictures(source, side):
 class Batches:
     """Endless random batches of a uint8 tensor [N, 3, L, L], which stays on the device if it fits there.
 
-    Each epoch is a permutation. A batch that reaches past an epoch's end goes on in the next one, so it is never short,
+    Each epoch is a permutation, of which each process takes its share. A batch that reaches past an epoch's end goes on in the next one, so it is never short,
     not even with fewer images than a batch. state_dict() holds the order, so that a resumed run sees the same images.
     """
 
@@ -273,11 +275,12 @@ class Batches:
 
     def next(self):
         """-> uint8 [batch, 3, L, L] on the device."""
-        while len(self.order) < self.batch:
+        batch = self.batch * WORLD
+        while len(self.order) < batch:
             epoch = torch.randperm(len(self.images), generator=self.generator)
             self.order = torch.cat([self.order, epoch.to(self.order.device)])
-        index, self.order = self.order.split([self.batch, len(self.order) - self.batch])
-        images = self.images[index]
+        index, self.order = self.order.split([batch, len(self.order) - batch])
+        images = self.images[index[RANK::WORLD]]
         if images.device.type == "cpu" and self.device.type == "cuda":
             images = images.pin_memory()  # from there a copy need not wait for the device
         return images.to(self.device, non_blocking=True)
@@ -349,7 +352,8 @@ def deluxe(images, size, ops):
 
 def save_grid(images, path, columns=8):
     """Float images [N, 3, H, W] in [-1, 1], any N -> a PNG with so many columns. No min-max: colours stay what they are."""
-    save_image(make_grid((images.float().clamp(-1, 1) + 1) / 2, nrow=columns), path)
+    if RANK == 0:
+        save_image(make_grid((images.float().clamp(-1, 1) + 1) / 2, nrow=columns), path)
 
 
 def save_gif(frames, path, milliseconds):
@@ -480,6 +484,12 @@ class Parser(argparse.ArgumentParser):
 def setup(opt):
     """Seed, device and precision -> (device, a function that returns the autocast context for the networks)."""
     torch.manual_seed(opt.seed)
+    if WORLD > 1:
+        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(best if opt.device == "auto" else opt.device)
@@ -495,6 +505,25 @@ def setup(opt):
         native = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
     bf16 = opt.dtype == "bf16" or opt.dtype == "auto" and native
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def average_gradients(optimizer, *_):
+    """Hook before an optimizer's step: with several processes, each gets the mean of all their gradients."""
+    if WORLD > 1:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / WORLD).split([g.numel() for g in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def gather(x):
+    """Each process's part [B, ...] of a batch -> the whole of it, [WORLD * B, ...], on every process."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def random_state(device):
@@ -553,32 +582,33 @@ class Run:
     """The folder of a run: log.csv, losses.png, samples/, timelapse.gif, ckpt.pt. `parts` are what a checkpoint holds:
     names and things that have state_dict() and load_state_dict(). The losses named in `columns` are summed up on the
     device by add() and read by log(), the only place where training waits for the device; what is named in `measured`
-    is given to log().
+    is given to log(). Of several processes only the first writes.
     """
 
     def __init__(self, opt, program, checkpoint, parts, columns, device, measured=()):
         self.opt, self.program, self.parts, self.columns = opt, program, parts, [*columns, *measured]
         self.iteration = self.logged = self.first = 0
-        self.sums, self.stopped_by, self.time = torch.zeros(len(columns), device=device), None, time.perf_counter()
-        self.board = None
+        self.sums, self.time = torch.zeros(len(columns), device=device), time.perf_counter()
+        self.signal = self.stopped_by = 0
+        self.board, self.path = None, Path(opt.resume or opt.out or opt.name)
         if opt.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise BadInput("--tensorboard needs a package that is not here: pip install tensorboard") from None
         if checkpoint:
-            self.path = Path(opt.resume)
             for name, part in parts.items():
                 part.load_state_dict(checkpoint["parts"][name])
             self.iteration, self.logged, self.first = checkpoint["iteration"], checkpoint["logged"], checkpoint["iteration"]
             self.sums += checkpoint["sums"].to(device)
             set_random_state(checkpoint["random"], device)
-            self.cut_log()
-        else:
+            if RANK == 0:
+                self.cut_log()
+        elif RANK == 0:
             self.path = new_folder(opt.out, Path("out") / opt.name, "samples")
             with open(self.path / "log.csv", "w") as file:
                 file.write(",".join(["iteration", *self.columns, "images/s"]) + "\n")
-        if opt.tensorboard:
+        if opt.tensorboard and RANK == 0:
             self.board = SummaryWriter(self.path, purge_step=self.iteration + 1)
         for number in (signal.SIGINT, signal.SIGTERM):  # the loop ends after the iteration in hand; a second one kills
             signal.signal(number, self.stop)
@@ -592,8 +622,16 @@ class Run:
             csv.writer(file, lineterminator="\n").writerows([["iteration", *header], *rows])
 
     def stop(self, number, frame):
-        self.stopped_by = number
+        self.signal = number
+        self.stopped_by = number if WORLD == 1 else 0  # several processes first have to agree
         signal.signal(number, signal.SIG_DFL)
+
+    def agree(self):
+        """Several processes: take the mean of their sums, and stop all if one was told to."""
+        if WORLD > 1:
+            both = torch.cat([self.sums, self.sums.new_tensor([self.signal])])
+            dist.all_reduce(both)
+            self.sums, self.stopped_by = both[:-1] / WORLD, int(both[-1] > 0) and (self.signal or signal.SIGTERM)
 
     def due(self, every):
         return self.iteration % every == 0 or self.iteration == self.opt.iters
@@ -604,17 +642,20 @@ class Run:
 
     def log(self, *measured):
         """Write the means since the last line to log.csv and the terminal. A mean that is not finite ends the run."""
+        self.agree()
         means = (self.sums / (self.iteration - self.logged)).tolist() + [m.item() for m in measured]
         self.check(means)
         speed = (self.iteration - self.first) / (time.perf_counter() - self.time)
-        with open(self.path / "log.csv", "a") as file:
-            file.write(",".join([str(self.iteration), *(f"{m:.5g}" for m in means), f"{speed * self.opt.batch:.1f}"]) + "\n")
+        images = speed * self.opt.batch * WORLD
+        if RANK == 0:
+            with open(self.path / "log.csv", "a") as file:
+                file.write(",".join([str(self.iteration), *(f"{m:.5g}" for m in means), f"{images:.1f}"]) + "\n")
         if self.board:
             for name, mean in zip(self.columns, means):
                 self.board.add_scalar(name, mean, self.iteration)
         left = int((self.opt.iters - self.iteration) / speed)
         print(f"{self.iteration:6d}/{self.opt.iters}", *(f"{n} {m:.3f}" for n, m in zip(self.columns, means)),
-              f"{speed * self.opt.batch:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", sep="  ", flush=True)
+              f"{images:.0f} images/s", f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left", sep="  ", flush=True)
         self.sums.zero_()
         self.logged = self.first = self.iteration
         self.time = time.perf_counter()
@@ -628,8 +669,11 @@ class Run:
 
     def save(self):
         """Write ckpt.pt and losses.png."""
+        self.agree()
         networks = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         self.check([self.sums.sum().item(), *(p.detach().float().sum().item() for net in networks for p in net.parameters())])
+        if RANK:
+            return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_checkpoint({"program": self.program, "iteration": self.iteration, "options": vars(self.opt), "parts": parts,
                          "logged": self.logged, "sums": self.sums.cpu(), "random": random_state(self.sums.device)}, self.path / "ckpt.pt")
@@ -638,9 +682,11 @@ class Run:
     def finish(self):
         """After the loop: the last save, timelapse.gif, and how to go on. Ctrl-C and SIGTERM show in the exit status."""
         self.save()
-        files = sorted((self.path / "samples").glob("*.png"))
+        files = sorted((self.path / "samples").glob("*.png")) if RANK == 0 else []
         if files:
             save_gif((Image.open(file) for file in files[::len(files) // 100 + 1]), self.path / "timelapse.gif", 150)
+        if WORLD > 1:
+            dist.destroy_process_group()
         print(f"{'stopped' if self.stopped_by else 'finished'} at iteration {self.iteration}: {self.path}")
         if self.stopped_by:
             print(f"go on with: python {self.program}.py --resume {self.path}")

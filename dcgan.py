@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import data
 import diffaug
+from diffaug import RANK, WORLD
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
@@ -164,7 +165,7 @@ def step(G, D, opt_G, opt_D, next_real, opt, cast):
     """
     for k in range(opt.critic_iters):
         real = next_real()
-        noise = torch.randn(len(real), opt.z, 1, 1, device=real.device)
+        noise = torch.randn(WORLD * len(real), opt.z, 1, 1, device=real.device)[RANK::WORLD]
         # The last fakes serve G's step too, so only they need a graph through G: one generator forward a step.
         with torch.set_grad_enabled(k == opt.critic_iters - 1), cast():
             fake = G(noise)
@@ -179,7 +180,7 @@ def step(G, D, opt_G, opt_D, next_real, opt, cast):
             else:
                 score_real, score_fake = D(images).chunk(2)
         score_real, score_fake = score_real.float(), score_fake.float()
-        target = torch.empty_like(score_real).uniform_(*opt.smooth)  # only reals: one-sided (Salimans et al. 2016)
+        target = diffaug.uniform(real, *opt.smooth)  # only reals: one-sided (Salimans et al. 2016)
         penalty = torch.zeros((), device=real.device)
         if opt.loss == "lsgan":
             loss_real, loss_fake = ((score_real - target) ** 2).mean(), (score_fake ** 2).mean()
@@ -219,7 +220,7 @@ def step(G, D, opt_G, opt_D, next_real, opt, cast):
 
 def gradient_penalty(D, real, fake):
     """Mean (|gradient of D| - 1)^2 at random points between real and fake (Gulrajani et al. 2017), in float32."""
-    between = torch.lerp(real, fake, torch.rand(len(real), 1, 1, 1, device=real.device)).requires_grad_()
+    between = torch.lerp(real, fake, diffaug.uniform(real, 0, 1)).requires_grad_()
     gradient, = torch.autograd.grad(D(between).sum(), between, create_graph=True)
     return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
@@ -246,8 +247,11 @@ def build(opt, device):
 
 def optimizer(net, rate, loss):
     if loss == "wgan":  # momentum harms a critic whose weights keep hitting the clip
-        return torch.optim.RMSprop(net.parameters(), rate)
-    return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
+        optimizer = torch.optim.RMSprop(net.parameters(), rate)
+    else:
+        optimizer = torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
+    optimizer.register_step_pre_hook(data.average_gradients)
+    return optimizer
 
 
 def train(opt, checkpoint):

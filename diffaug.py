@@ -9,17 +9,23 @@ of its draws. In G's step the gradient has to come back through it, hence "diffe
 Each function takes float images [B, C, H, W] in [-1, 1] and returns the same shape. Every image gets its own draws,
 fresh at every call, made on the images' device and without waiting for it.
 """
+import os
+
 import torch
 import torch.nn.functional as F
 
+# Under torchrun each of the WORLD processes has every WORLD-th image of a batch, and draws the numbers for all images to
+# use its own: N processes with batches of b do what one does with a batch of N b, and share one random state.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 
 def uniform(x, low, high):
-    return low + (high - low) * torch.rand(len(x), 1, 1, 1, device=x.device)
+    return low + (high - low) * torch.rand(WORLD * len(x), 1, 1, 1, device=x.device)[RANK::WORLD]
 
 
 def integers(x, low, high):
     """One integer per image from low to high, both included: int64 [B, 1]."""
-    return torch.randint(low, high + 1, (len(x), 1), device=x.device)
+    return torch.randint(low, high + 1, (WORLD * len(x), 1), device=x.device)[RANK::WORLD]
 
 
 def brightness(x):

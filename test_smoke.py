@@ -845,6 +845,24 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
         assert np.abs(expected.numpy() - drawn).max() <= 1 and not same(a["parts"]["ema_XY"], a["parts"]["ema_YX"])
 
 
+@pytest.mark.parametrize("program, flags", [
+    ("dcgan", "--norm instance --smooth 0.7 0.9"), ("cyclegan", "--patch --cycle --identity 1 --pool 6")])
+def test_two_processes_do_what_one_does(program, flags, cats, tmp_path):
+    """torchrun: half of the batch each, every random draw its share, gradients averaged, one pool, one writer, one resume."""
+    flags = [*SMALL, *flags.split(), "--deluxe", "--diffaug", "--dtype", "fp32", *(["--data", cats] if program == "dcgan" else ["--X", cats, "--Y", cats])]
+    flags = [flag for flag in flags if program == "dcgan" or flag not in ("--z", "8")]
+    def run(processes, *argv):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
+        command = [sys.executable, *launch, HERE / f"{program}.py", *argv]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=200).stdout
+    run(1, *flags, "--iters", 6, "--out", tmp_path / "one")
+    out = run(2, *flags, "--batch", 2, "--iters", 3, "--out", tmp_path / "two") + run(2, "--resume", tmp_path / "two", "--iters", 6)
+    assert out.count("6/6") == 1 and out.count("finished") == 2
+    one, two = ([list(map(float, list(row.values())[:-1])) for row in csv.DictReader(open(tmp_path / name / "log.csv"))] for name in ("one", "two"))
+    assert len(one) == 6 and np.allclose(one, two, rtol=1e-3, atol=1e-5)
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {"ckpt.pt", "log.csv", "losses.png", "samples", "timelapse.gif"}
+
+
 def test_truth_error_of_drawn_cats(tmp_path, monkeypatch):
     numbers = {n for _, first, count in data.DRAWN.values() for n in range(first, first + count)}
     assert len(numbers) == 204 + 75 and not numbers & set(range(2000, 2016))  # unpaired, and held out
