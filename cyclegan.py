@@ -9,7 +9,6 @@ Two games as in dcgan.py, with pictures in the place of noise: G_XY turns pictur
 Y, G_YX goes the other way. So far G_XY may answer any blue cat with any grumpy one. The cycle ties the answer to the
 question: from the translation, G_YX must be able to restore the original.
 """
-import argparse
 import copy
 import math
 from pathlib import Path
@@ -26,7 +25,7 @@ from diffaug import RANK, WORLD
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 
-FIXED = ("size", "width", "blocks", "up", "spectral_norm", "patch", "pool")  # for the life of a run
+FIXED = ("size", "width", "blocks", "up", "d_norm", "spectral_norm", "patch", "pool")  # for the life of a run
 
 
 def options(argv=None):
@@ -39,7 +38,8 @@ def options(argv=None):
     arg("--width", type=data.number(1, kind=int), default=32, help="channels of the layers at the highest resolution")
     arg("--blocks", type=data.number(0, kind=int), default=None, help="residual blocks of G (default: 3; 9 at 256 px)")
     arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution")
-    arg("--spectral-norm", action=argparse.BooleanOptionalAction, default=True, help="on D's layers, in place of instance norm")
+    arg("--d-norm", choices=("instance", "none"), default="none", help="normalisation in D (%(default)s)")
+    arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"), help="cycle consistency (plain: l1)")
     arg("--lambda-cycle", type=data.number(0), default=10.0, metavar="W", help="its weight")
@@ -58,6 +58,8 @@ def options(argv=None):
     opt, checkpoint = parser.parse(argv, "cyclegan", FIXED, apply="translate")
     if opt.blocks is None:
         opt.blocks = 9 if opt.size == 256 else 3
+    if opt.spectral_norm and opt.d_norm != "none":
+        parser.error("--d-norm would have no effect here: --spectral-norm stands in its place")
     if bool(opt.translate) != bool(opt.input):
         parser.error("--translate RUN and --input FILE_OR_FOLDER go together")
     return opt, checkpoint
@@ -145,7 +147,7 @@ class Discriminator(nn.Sequential):
     value: D's slope stays bounded, and with it the gradient that G gets, even when D is far ahead.
     """
 
-    def __init__(self, size=64, width=32, norm="instance", spectral=True, patch=False):
+    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False):
         norm = "none" if spectral else norm
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
         strides = [2] * halvings + [1] * patch
@@ -255,7 +257,7 @@ COLUMNS = ["D_X_loss", "D_Y_loss", "G_XY_loss", "G_YX_loss", "cycle_X", "cycle_Y
 
 def build(opt, device):
     Gs = [Generator(opt.size, opt.width, opt.blocks, opt.up) for _ in "XY"]
-    Ds = [Discriminator(opt.size, opt.width, "instance", opt.spectral_norm, opt.patch) for _ in "XY"]
+    Ds = [Discriminator(opt.size, opt.width, opt.d_norm, opt.spectral_norm, opt.patch) for _ in "XY"]
     return (net.to(device, memory_format=torch.channels_last) for net in Gs + Ds)
 
 

@@ -8,7 +8,6 @@
 Two networks play against each other. The generator G turns noise z into an image. The discriminator D scores images,
 and learns to give real ones 1 and G's fakes 0. G learns to make fakes that D scores 1. Nobody ever tells G what a cat is.
 """
-import argparse
 import copy
 import math
 from pathlib import Path
@@ -25,7 +24,7 @@ from diffaug import RANK, WORLD
 # ---------------------------------------------------------------------------------------------------------------------
 # Options
 
-FIXED = ("size", "width", "z", "up", "norm", "spectral_norm", "patch", "selu", "loss")  # for the life of a run
+FIXED = ("size", "width", "z", "up", "norm", "d_norm", "spectral_norm", "patch", "selu", "loss")  # for the life of a run
 
 
 def options(argv=None):
@@ -37,8 +36,9 @@ def options(argv=None):
     arg("--width", type=data.number(1, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
     arg("--z", type=data.number(2, kind=int), default=100, help="numbers of noise that an image is made from (%(default)s)")
     arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution (%(default)s)")
-    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="in G, and in D if not spectral (%(default)s)")
-    arg("--spectral-norm", action=argparse.BooleanOptionalAction, default=None, help="on D's layers, in place of --norm (default: on, but not for wgan)")
+    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="normalisation in G (%(default)s)")
+    arg("--d-norm", choices=("batch", "instance", "none"), default=None, help="normalisation in D (none; wgan: batch)")
+    arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--selu", action="store_true", help="SELU instead of normalisation and ReLU, in both networks")
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(%(default)s)")
@@ -58,11 +58,14 @@ def options(argv=None):
         parser.error(f"--smooth {opt.smooth[0]:g} {opt.smooth[1]:g}: the lower limit comes first")
     for name, without_effect, why in (("smooth", opt.loss.startswith("wgan"), "a critic has no targets"),
                                       ("g_target", opt.loss != "lsgan", "only lsgan has one"),
-                                      ("norm", opt.selu, "SELU stands in its place")):
+                                      ("norm", opt.selu, "SELU stands in its place"),
+                                      ("d_norm", opt.selu or opt.spectral_norm, "it stands in its place")):
         if without_effect and getattr(opt, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} would have no effect here: {why}")
-    if opt.spectral_norm is None:  # a clipped or penalised critic is kept smooth by that
-        opt.spectral_norm = not opt.loss.startswith("wgan")
+    if opt.d_norm is None:  # weights clipped at 0.01 would let every signal fade
+        opt.d_norm = "batch" if opt.loss == "wgan" and not opt.spectral_norm and not opt.selu else "none"
+    if opt.loss == "wgan-gp" and opt.d_norm == "batch":
+        parser.error("--d-norm batch: the gradient penalty is each image's own, so wgan-gp can't have batch statistics in D")
     if opt.critic_iters is None:
         opt.critic_iters = 5 if opt.loss.startswith("wgan") else 1
     return opt, checkpoint
@@ -135,7 +138,7 @@ class Discriminator(nn.Sequential):
     value: D's slope stays bounded, and with it the gradient that G gets, even when D is far ahead.
     """
 
-    def __init__(self, size=64, width=32, norm="batch", spectral=True, patch=False, selu=False):
+    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False):
         norm = "none" if spectral or selu else norm
         activation = nn.SELU if selu else lambda: nn.LeakyReLU(0.2)
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
@@ -238,10 +241,8 @@ def average(ema, G, decay, iteration):
 # The loop
 
 def build(opt, device):
-    # A gradient penalty is one image's own affair, so that critic can't have batch statistics.
-    norm_d = "instance" if opt.loss == "wgan-gp" and opt.norm == "batch" else opt.norm
     G = Generator(opt.size, opt.width, opt.z, opt.up, opt.norm, opt.selu)
-    D = Discriminator(opt.size, opt.width, norm_d, opt.spectral_norm, opt.patch, opt.selu)
+    D = Discriminator(opt.size, opt.width, opt.d_norm, opt.spectral_norm, opt.patch, opt.selu)
     return G.to(device), D.to(device)
 
 

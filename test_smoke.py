@@ -83,7 +83,8 @@ def test_parameter_counts_by_hand():
     assert parameters(dcgan.Generator(64, 16, 7, up="transpose")) == 16 * (7 * 128 + 128 * 64 + 64 * 32 + 32 * 16 + 16 * 3) + 3 + norms // 2
     convs = 16 * (3 * 32 + 32 * 64 + 64 * 128 + 128 * 256 + 256)
     assert parameters(dcgan.Discriminator(64, 32)) == convs + 32 + 64 + 128 + 256 + 1
-    assert parameters(dcgan.Discriminator(64, 32, spectral=False)) == convs + 32 + 2 * (64 + 128 + 256) + 1
+    assert parameters(dcgan.Discriminator(64, 32, spectral=True)) == convs + 32 + 64 + 128 + 256 + 1
+    assert parameters(dcgan.Discriminator(64, 32, "batch")) == convs + 32 + 2 * (64 + 128 + 256) + 1
     assert parameters(dcgan.Discriminator(256, 64, "instance", False, patch=True)) == 2_764_737  # the PatchGAN of the papers
 
 
@@ -110,21 +111,22 @@ def kinds(net):
 
 
 def test_norm_activation_and_spectral_options():
-    assert "BatchNorm2d" in kinds(dcgan.Generator(norm="batch")) & kinds(dcgan.Discriminator(norm="batch", spectral=False))
-    assert "InstanceNorm2d" in kinds(dcgan.Generator(norm="instance")) & kinds(dcgan.Discriminator(norm="instance", spectral=False))
+    assert "BatchNorm2d" in kinds(dcgan.Generator(norm="batch")) & kinds(dcgan.Discriminator(norm="batch"))
+    assert "InstanceNorm2d" in kinds(dcgan.Generator(norm="instance")) & kinds(dcgan.Discriminator(norm="instance"))
+    assert kinds(dcgan.Discriminator()) == {"Conv2d", "LeakyReLU"}
     assert kinds(dcgan.Generator(norm="none")) == {"ConvTranspose2d", "UpConv", "ReLU", "Tanh"}
     assert kinds(dcgan.Generator(selu=True)) == {"ConvTranspose2d", "UpConv", "SELU", "Tanh"}
-    assert kinds(dcgan.Discriminator(selu=True, spectral=False)) == {"Conv2d", "SELU"}
+    assert kinds(dcgan.Discriminator(norm="batch", selu=True)) == {"Conv2d", "SELU"}
     assert kinds(dcgan.Discriminator(norm="batch", spectral=True)) == {"Conv2d", "LeakyReLU"}
     assert all(layer.negative_slope == 0.2 for layer in dcgan.Discriminator() if isinstance(layer, nn.LeakyReLU))
     assert all(layer.eps == 1e-5 for layer in dcgan.Generator() if isinstance(layer, nn.BatchNorm2d))
 
 
 def test_initial_weights_and_spectral_norm():
-    for net in (dcgan.Generator(), dcgan.Discriminator(spectral=False)):
+    for net in (dcgan.Generator(), dcgan.Discriminator()):
         weights = torch.cat([m.weight.flatten() for m in net if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))])
         assert abs(weights.mean()) < 1e-4 and abs(weights.std() - 0.02) < 2e-4
-    D = dcgan.Discriminator(64, 8)
+    D = dcgan.Discriminator(64, 8, spectral=True)
     for _ in range(60):  # power iteration: one round a forward
         D(torch.zeros(1, 3, 64, 64))
     for layer in D.eval():
@@ -198,7 +200,7 @@ def test_wgan_clips_and_iterates_its_critic():
     opt = options("--loss", "wgan")
     _, D = dcgan.build(opt, torch.device("cpu"))
     assert isinstance(dcgan.optimizer(D, opt.d_lr, "wgan"), torch.optim.RMSprop) and "BatchNorm2d" in kinds(D)
-    assert kinds(list(dcgan.build(options("--loss", "wgan-gp"), torch.device("cpu")))[1]) >= {"InstanceNorm2d"}
+    assert options("--loss", "wgan-gp").d_norm == options("--loss", "wgan", "--spectral-norm").d_norm == options().d_norm == "none"
 
 
 def test_smooth_draws_each_target_for_reals_only():
@@ -225,7 +227,7 @@ def test_batch_statistics_never_mix_real_and_fake(monkeypatch):
 
 def test_step_equals_the_textbook():
     """The oracle: two separate, plain updates. Catches fakes not detached, D learning in G's step, wrong signs."""
-    opt = options("--norm", "instance", "--no-spectral-norm")
+    opt = options("--norm", "instance", "--d-norm", "instance")
     G, D = dcgan.build(opt, torch.device("cpu"))
     G2, D2, real = copy.deepcopy(G), copy.deepcopy(D), torch.rand(4, 3, 32, 32) * 2 - 1
     optG, optD, optG2, optD2 = (torch.optim.SGD(net.parameters(), 1e-4) for net in (G, D, G2, D2))
@@ -678,6 +680,8 @@ def test_a_checkpoint_can_not_run_code(tmp_path):
     (["--g-lr", "nan"], "needs a number"),
     (["--smooth", "0.9", "0.2"], "the lower limit comes first"),
     (["--loss", "wgan", "--g-target", "0.5"], "--g-target would have no effect"),
+    (["--spectral-norm", "--d-norm", "batch"], "--d-norm would have no effect"),
+    (["--loss", "wgan-gp", "--d-norm", "batch"], "can't have batch statistics"),
     (["--data", "damaged.zip"], "neither a folder nor an undamaged .zip"),
     (["--device", "meta"], "no such device"),
     (["--device", "cuda:9"], "no such device"),
@@ -730,13 +734,13 @@ def cycle_options(*argv):
 def test_cyclegan_networks():
     """The paper's sizes at 256 px; blocks with weights of their own; the discriminator of dcgan.py."""
     assert parameters(cyclegan.Generator(256, 64, blocks=9)) == 11_378_179
-    assert parameters(cyclegan.Discriminator(256, 64, spectral=False, patch=True)) == 2_764_737
+    assert parameters(cyclegan.Discriminator(256, 64, patch=True)) == 2_764_737
     G = cyclegan.Generator(64, 4, blocks=3)
     assert G(torch.zeros(1, 3, 64, 48)).shape == (1, 3, 64, 48)
     assert len({id(p) for p in G.parameters()}) == len(list(G.parameters())) and len([m for m in G if isinstance(m, cyclegan.ResidualBlock)]) == 3
     assert parameters(G) - parameters(cyclegan.Generator(64, 4, blocks=2)) == 2 * (9 * 8 * 8 + 8)
     assert parameters(cyclegan.Generator(64, 4, up="transpose")) - parameters(G) == (16 - 9) * (8 * 4 + 4 * 3)
-    for flags in ({"patch": True}, {"patch": False}, {"spectral": False, "norm": "instance"}):
+    for flags in ({"patch": True}, {"patch": False}, {"spectral": True}, {"norm": "instance"}):
         ours, theirs = cyclegan.Discriminator(64, 4, **flags), dcgan.Discriminator(64, 4, **flags)
         assert ours.state_dict().keys() == theirs.state_dict().keys() and parameters(ours) == parameters(theirs)
 
