@@ -35,8 +35,8 @@ def options(argv=None):
     arg("--Y", default="toy-grumpy", help="the other set; nothing in it needs a partner in X")
     parser.add_augmentation()
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels")
-    arg("--width", type=data.number(1, kind=int), default=32, help="channels of the layers at the highest resolution")
-    arg("--blocks", type=data.number(0, kind=int), default=None, help="residual blocks of G (default: 3; 9 at 256 px)")
+    arg("--width", type=data.number(1, 2**16, kind=int), default=32, help="channels of the layers at the highest resolution")
+    arg("--blocks", type=data.number(0, 2**16, kind=int), default=None, help="residual blocks of G (default: 3; 9 at 256 px)")
     arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution")
     arg("--d-norm", choices=("instance", "none"), default="none", help="normalisation in D (%(default)s)")
     arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
@@ -48,7 +48,7 @@ def options(argv=None):
     arg("--g-lr", type=data.number(1e-9, 1), default=3e-4, metavar="RATE")
     arg("--d-lr", type=data.number(1e-9, 1), default=3e-4, metavar="RATE")
     arg("--decay", action="store_true", help="let the rates fall to 0 over the second half of the run")
-    arg("--batch", type=data.number(1, kind=int), default=16)
+    arg("--batch", type=data.number(1, 2**16, kind=int), default=16)
     arg("--iters", type=data.number(1, kind=int), default=10000)
     arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generators; 0: no average")
     arg("--translate", metavar="RUN", help="don't train: translate --input with this run's averaged generators")
@@ -321,10 +321,10 @@ def translate(opt, checkpoint):
     """Write one PNG per input into RUN/translated_to_X or _Y, under its own name and at its own proportions."""
     device, _ = data.setup(opt)
     G, _, _, _ = build(opt, device)
-    G.load_state_dict(checkpoint["parts"]["ema_XY" if opt.to == "Y" else "ema_YX"])
-    inputs = data.read_pictures(opt.input, opt.size)
-    folder = data.new_folder(opt.out, Path(opt.translate) / f"translated_to_{opt.to}", "")
-    for name, image in inputs:
+    data.restore(checkpoint, {"ema_XY" if opt.to == "Y" else "ema_YX": G})
+    folder = None
+    for name, image in data.read_pictures(opt.input, opt.size):
+        folder = folder or data.new_folder(opt.out, Path(opt.translate) / f"translated_to_{opt.to}", "")
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves the sides twice
         target = folder / name

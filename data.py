@@ -9,7 +9,7 @@ import argparse
 import collections
 import colorsys
 import contextlib
-import csv
+import io
 import itertools
 import math
 import os
@@ -18,8 +18,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-import urllib.error
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -47,10 +47,16 @@ class BadInput(Exception):
 @contextlib.contextmanager
 def one_line_errors():
     """Bad input and disk errors become one line on stderr and exit status 2, without a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # the names of files may hold anything
     try:
         yield
     except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; try a smaller --batch, --width or --size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:  # before the loop has begun; there is nothing to save yet
         sys.exit(130)
@@ -143,9 +149,11 @@ def drawn_pairs(X, Y, size):
 
 def to_rgb(image):
     """Any Pillow image -> mode RGB: upright, transparency laid on white, more than 8 bits scaled down (not clipped)."""
+    if math.prod(image.size) > 2**26:  # decoded, it would take gigabytes
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535 if image.mode != "F" or grey.max() > 255 else 255 if grey.max() > 1 else 1
         grey = grey * (255 / top)
         image = Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8))
@@ -164,17 +172,25 @@ def square(image, size):
     return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
+def member(archive, name):
+    if archive.getinfo(name).file_size > 2**27:
+        raise ValueError("more than 128 MB when unpacked")
+    return archive.open(name)
+
+
 def find_images(source):
     """A folder or .zip -> ([(name, function that returns a file object or path)]), every image below it, sorted."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in [*Image.OPEN, "MPO"]}
     wanted = lambda name: Path(name).suffix.lower() in readable and not Path(name).name.startswith(".")
     path = Path(source)
     if path.is_dir():
         return [(str(p), lambda p=p: p) for p in sorted(path.rglob("*")) if wanted(p) and p.is_file()]
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise OSError
         archive = zipfile.ZipFile(path)
-        return [(name, lambda name=name: archive.open(name)) for name in sorted(archive.namelist()) if wanted(name)]
-    except (OSError, zipfile.BadZipFile):
+        return [(name, lambda name=name: member(archive, name)) for name in sorted(archive.namelist()) if wanted(name)]
+    except Exception:  # what a damaged zip raises depends on where it is damaged
         what = "is neither a folder nor an undamaged .zip" if path.exists() else "does not exist"
     raise BadInput(f"{source} {what}; give a folder of images, a .zip of one, or one of {', '.join(DRAWN)}")
 
@@ -204,7 +220,7 @@ def load_images(source, size, limit=None):
         names, files = [name for name, _ in found], [file for _, file in found]
 
         def decode(i):
-            with Image.open(files[i]()) as image:
+            with Image.open(files[i]()) as image, big if math.prod(image.size) > 2**23 else contextlib.nullcontext():
                 return square(image, size)
 
     def fill(i):
@@ -213,7 +229,7 @@ def load_images(source, size, limit=None):
         except Exception as error:  # a damaged file can raise anything, and none may stop the others
             return f"{names[i]}: {error}"
 
-    images = storage(len(names), size)
+    images, big = storage(len(names), size), threading.Lock()  # big pictures one at a time: a whole one takes memory
     failed, told = [], time.time()
     with ThreadPoolExecutor() as pool:
         for i, problem in enumerate(pool.map(fill, range(len(names)))):
@@ -245,18 +261,24 @@ def read_pictures(source, side):
     found = [(str(path), lambda: path)] if single else find_images(source)
     names = [os.path.relpath(name, path.parent if single else path) if path.is_dir() or single else name for name, _ in found]
     stems = collections.Counter(str(Path(name).with_suffix("")).lower() for name in names)
+    done = False
     for name, (_, file) in zip(names, found):
         try:
             with Image.open(file()) as image:
                 image = to_rgb(image)
             scale = side / min(image.size)
+            if max(image.size) * scale > 64 * side:
+                raise ValueError(f"{image.width} x {image.height} is too long and thin")
             image = image.resize([round(scale * n) for n in image.size], Image.Resampling.BICUBIC)
         except Exception as error:  # as in load_images
             print(f"skipped {name}: {error}", file=sys.stderr)
             continue
-        stem = Path(*[part for part in Path(name).parts if part not in ("..", "/")]).with_suffix("")
+        stem = Path(*[part for part in Path(name).parts if part != ".." and not part.startswith("/")]).with_suffix("")
         twice = stems[str(Path(name).with_suffix("")).lower()] > 1
+        done = True
         yield f"{stem}{Path(name).suffix if twice else ''}.png", torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    if not done:
+        raise BadInput(f"no usable image in {source}: give an image, or a folder or .zip of images")
 
 
 class Batches:
@@ -356,6 +378,12 @@ def save_grid(images, path, columns=8):
         save_image(make_grid((images.float().clamp(-1, 1) + 1) / 2, nrow=columns), path)
 
 
+def readable(files):
+    for file in files:
+        with contextlib.suppress(OSError, SyntaxError), Image.open(file) as image:  # what Pillow says of damaged ones
+            yield image.convert("RGB")
+
+
 def save_gif(frames, path, milliseconds):
     """Pillow images, or float images [N, 3, H, W] in [-1, 1] -> an endless GIF."""
     frames = (to_pil_image((f.clamp(-1, 1) + 1) / 2) if isinstance(f, torch.Tensor) else f.convert("RGB") for f in frames)
@@ -376,14 +404,23 @@ def nearest(fakes, images):
     return torch.where(mirrored, closest.flip(3), closest), distance / math.sqrt(both.shape[1])
 
 
-def plot(log, path, size=(900, 330)):
+def read_log(path, width):
+    """The rows of log.csv that are so many numbers, as text: someone may have opened it and saved something else."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        for row in (line.strip().split(",") for line in file):
+            with contextlib.suppress(ValueError):
+                if len(row) == width and all(math.isfinite(float(v)) for v in row):
+                    rows.append(row)
+    return rows
+
+
+def plot(log, columns, path, size=(900, 330)):
     """log.csv -> losses.png: on the left every loss, on the right what D says; raw values pale, smoothed ones on top."""
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if len(rows) < 2:
+    rows = [dict(zip(["iteration", *columns], map(float, r))) for r in read_log(log, len(columns) + 2)]
+    x = np.array([r["iteration"] for r in rows])
+    if len(set(x)) < 2:
         return
-    x = np.array([float(r["iteration"]) for r in rows])
-    columns = [c for c in rows[0] if c not in ("iteration", "images/s")]
     canvas = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")  # drawn at twice the size, which smooths the lines
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(22)
     colours = ["#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2"]
@@ -452,7 +489,7 @@ class Parser(argparse.ArgumentParser):
         arg = self.add_argument_group("the run").add_argument
         arg("--out", metavar="DIR", help="folder of the run (default: out/NAME, named after the flags)")
         arg("--resume", metavar="RUN", help="go on with the run in this folder; options given here win over its own")
-        arg("--seed", type=number(0, kind=int), default=0, help="the same seed: the same run")
+        arg("--seed", type=number(0, 2**62, kind=int), default=0, help="the same seed: the same run")
         arg("--device", default="auto", help="cuda, mps, cpu (default: the best that is here)")
         arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
         arg("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks: a slow start")
@@ -464,6 +501,8 @@ class Parser(argparse.ArgumentParser):
         """-> (options, checkpoint or None). With --resume, or `apply`, the option that names a run to apply, the options
         start from that run's own; those named in `fixed` can't change any more."""
         opt, checkpoint = self.parse_args(argv), None
+        if "" in (opt.resume, getattr(opt, apply)):  # an empty variable of the shell; a new run is not what was meant
+            self.error(f"--resume and --{apply} need the folder of a run")
         if run := opt.resume or getattr(opt, apply):
             if opt.resume and (opt.out or getattr(opt, apply)):
                 self.error(f"--resume goes on in the run's own folder: leave {'--out' if opt.out else '--' + apply} away")
@@ -472,8 +511,8 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**{k: v for k, v in own.items() if k not in ("out", "device", "resume", apply)})
             opt = self.parse_args(argv)
             for name in fixed:
-                if getattr(opt, name) != own[name]:
-                    self.error(f"--{name.replace('_', '-')}: {run} was trained with {own[name]}, which can't change any more")
+                if getattr(opt, name) != own.get(name):
+                    self.error(f"--{name.replace('_', '-')}: {run} was trained with {own.get(name)}, which can't change any more")
         flags = [k if v is True else f"{k}={v}" for k, v in vars(opt).items()
                  if k not in ("out", "device", "tensorboard") and not k.endswith("_every") and v != self.get_default(k)]
         name = "_".join([program, *flags]).replace("=crop,flip", "").replace("=" + ",".join(diffaug.POLICIES), "")
@@ -492,9 +531,9 @@ def setup(opt):
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        assert opt.device.split(":")[0] in ("auto", "cuda", "mps", "cpu")
         device = torch.device(best if opt.device == "auto" else opt.device)
         torch.empty(1, device=device)
-        assert device.type in ("cuda", "mps", "cpu")
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {opt.device}: there is no such device here; leave the option out to use {best}") from None
     if device.type == "cuda":
@@ -541,11 +580,17 @@ def save_checkpoint(checkpoint, path):
     """Write beside the old file, flush to the disk, then rename: at every moment there is one whole checkpoint."""
     temporary = Path(f"{path}.tmp")
     try:
+        buffer = io.BytesIO()  # a full disk makes torch.save raise something odd
+        torch.save(checkpoint, buffer)
         with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the new name, too, has to reach the disk; not every system lets us ask
+            folder = os.open(temporary.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -555,7 +600,10 @@ def load_checkpoint(path, program):
     if not Path(path).is_file():
         raise BadInput(f"no checkpoint {path}; give the folder of a run, such as out/{program}")
     try:
+        with zipfile.ZipFile(path) as file:
+            assert not file.testzip()  # torch.load would not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        assert {"program", "iteration", "options", "parts", "logged", "sums", "random"} <= checkpoint.keys()
         if checkpoint["program"] == program:
             return checkpoint
     except Exception as error:  # what a damaged file raises depends on where it is damaged
@@ -563,17 +611,28 @@ def load_checkpoint(path, program):
     raise BadInput(f"{path} was written by {checkpoint['program']}.py; this is {program}.py")
 
 
+def restore(checkpoint, parts):
+    """Give each of the named parts its state back."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint["parts"][name])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"the checkpoint's {name} does not fit this program, was it written by another version? ({error})") from None
+
+
 def new_folder(given, otherwise, inside):
     """Make a folder, with one inside it, and never over an old run: a given one must be free, else try -2, -3, ..."""
     if given:
         path = Path(given)
-        if any((path / name).exists() for name in ("ckpt.pt", "log.csv", "samples", "images")):
-            raise BadInput(f"{given} is in use already: go on with --resume {given}, or give another --out")
-        (path / inside).mkdir(parents=True, exist_ok=True)
-        return path
+        with contextlib.suppress(FileExistsError):  # of two that start together one is first
+            if not path.is_dir() or not any(path.iterdir()):
+                (path / inside).mkdir(parents=True, exist_ok=not inside)
+                return path
+        raise BadInput(f"{given} is in use already: go on with --resume {given}, or give another --out")
+    otherwise.parent.mkdir(parents=True, exist_ok=True)
     for path in itertools.chain([otherwise], (Path(f"{otherwise}-{k}") for k in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             (path / inside).mkdir(exist_ok=True)
             return path
 
@@ -597,8 +656,7 @@ class Run:
             except ImportError:
                 raise BadInput("--tensorboard needs a package that is not here: pip install tensorboard") from None
         if checkpoint:
-            for name, part in parts.items():
-                part.load_state_dict(checkpoint["parts"][name])
+            restore(checkpoint, parts)
             self.iteration, self.logged, self.first = checkpoint["iteration"], checkpoint["logged"], checkpoint["iteration"]
             self.sums += checkpoint["sums"].to(device)
             set_random_state(checkpoint["random"], device)
@@ -615,11 +673,12 @@ class Run:
 
     def cut_log(self):
         """Drop the lines that were logged after the checkpoint: they are about to be made again."""
-        header = [*self.columns, "images/s"]
-        with open(self.path / "log.csv", newline="") as file:
-            rows = [r for r in csv.reader(file) if len(r) == len(header) + 1 and r[0].isdigit() and int(r[0]) <= self.logged]
-        with open(self.path / "log.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([["iteration", *header], *rows])
+        header, path = ["iteration", *self.columns, "images/s"], self.path / "log.csv"
+        rows = [r for r in read_log(path, len(header)) if float(r[0]) <= self.logged]
+        with open(f"{path}.tmp", "w") as file:
+            file.writelines(",".join(row) + "\n" for row in [header, *rows])
+        os.replace(f"{path}.tmp", path)
+        (self.path / "samples").mkdir(exist_ok=True)
 
     def stop(self, number, frame):
         self.signal = number
@@ -668,23 +727,24 @@ class Run:
                            f"{good if good.exists() else 'none yet'}. Try lower rates, or --dtype fp32")
 
     def save(self):
-        """Write ckpt.pt and losses.png."""
+        """Write losses.png, at the end timelapse.gif, and ckpt.pt last: a run that is killed before that makes them again."""
         self.agree()
         networks = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         self.check([self.sums.sum().item(), *(p.detach().float().sum().item() for net in networks for p in net.parameters())])
         if RANK:
             return
+        plot(self.path / "log.csv", self.columns, self.path / "losses.png")
+        files = sorted((self.path / "samples").glob("[0-9]*.png"))
+        if files and (self.stopped_by or self.iteration == self.opt.iters):
+            save_gif(readable(files[::len(files) // 100 + 1]), self.path / "timelapse.gif", 150)
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         save_checkpoint({"program": self.program, "iteration": self.iteration, "options": vars(self.opt), "parts": parts,
                          "logged": self.logged, "sums": self.sums.cpu(), "random": random_state(self.sums.device)}, self.path / "ckpt.pt")
-        plot(self.path / "log.csv", self.path / "losses.png")
 
     def finish(self):
-        """After the loop: the last save, timelapse.gif, and how to go on. Ctrl-C and SIGTERM show in the exit status."""
-        self.save()
-        files = sorted((self.path / "samples").glob("*.png")) if RANK == 0 else []
-        if files:
-            save_gif((Image.open(file) for file in files[::len(files) // 100 + 1]), self.path / "timelapse.gif", 150)
+        """After the loop: the save that a stop asks for, and how to go on. Ctrl-C and SIGTERM show in the exit status."""
+        if self.stopped_by:
+            self.save()
         if WORLD > 1:
             dist.destroy_process_group()
         print(f"{'stopped' if self.stopped_by else 'finished'} at iteration {self.iteration}: {self.path}")
@@ -704,18 +764,21 @@ def get(name, url=None, root="datasets"):
     url = url or f"{HOST}/{'CUT' if name == 'grumpifycat' else 'cyclegan'}/datasets/{name}.zip"
     target, archive = Path(root) / name, Path(root) / f"{name}.zip"
     by_hand = f"get the images elsewhere and put them into {target}/trainA, trainB, testA and testB"
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise BadInput(f"{name!r} is not the name of a data set, such as apple2orange")
     if target.exists():
         raise BadInput(f"{target} is there already; delete it to fetch it again")
     socket.setdefaulttimeout(30)  # a host that accepts and then says nothing
     try:
         download_url(url, root, archive.name)
-        with zipfile.ZipFile(archive) as file:
+        with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(dir=root) as unpacked:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
             if not any(member.startswith(f"{name}/") for member in file.namelist()):
                 raise zipfile.BadZipFile(f"no folder {name} in it")
-            file.extractall(root)
-    except (urllib.error.URLError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+            file.extractall(unpacked, [member for member in file.namelist() if member.startswith(f"{name}/")])
+            os.replace(Path(unpacked) / name, target)
+    except Exception as error:  # addresses, connections and zips can be broken in many ways
         archive.unlink(missing_ok=True)
         raise BadInput(f"could not fetch {url} ({error}); {by_hand}") from None
     archive.unlink()
@@ -724,6 +787,8 @@ def get(name, url=None, root="datasets"):
 
 def preview(source, size, ops, augmentation, path, rows=8):
     """A contact sheet: in each row an image as it is, then 11 augmented versions of it."""
+    if Path(path).suffix.lower() not in (".png", ".jpg"):
+        raise BadInput(f"--out {path}: give it a name that ends in .png or .jpg")
     images = load_images(source, load_size(size, ops), limit=rows)
     plain = F.interpolate(images.float() / 127.5 - 1, size=(size, size), mode="bilinear", antialias=True)
     versions = [diffaug.augment(deluxe(images, size, ops), augmentation) for _ in range(11)]

@@ -33,8 +33,8 @@ def options(argv=None):
     arg("--data", default="toy-grumpy", help="folder or .zip of images, or a drawn set: toy-grumpy, toy-blue")
     parser.add_augmentation()
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels (%(default)s)")
-    arg("--width", type=data.number(1, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
-    arg("--z", type=data.number(2, kind=int), default=100, help="numbers of noise that an image is made from (%(default)s)")
+    arg("--width", type=data.number(1, 2**16, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
+    arg("--z", type=data.number(2, 2**16, kind=int), default=100, help="numbers of noise that an image is made from (%(default)s)")
     arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution (%(default)s)")
     arg("--norm", choices=("batch", "instance", "none"), default="batch", help="normalisation in G (%(default)s)")
     arg("--d-norm", choices=("batch", "instance", "none"), default=None, help="normalisation in D (none; wgan: batch)")
@@ -47,11 +47,11 @@ def options(argv=None):
     arg("--g-target", type=data.number(-1, 2), default=1.0, metavar="T", help="score that G aims at (lsgan); 0.5: the boundary")
     arg("--g-lr", type=data.number(1e-9, 1), default=2e-4, metavar="RATE", help="of Adam (%(default)s)")
     arg("--d-lr", type=data.number(1e-9, 1), default=8e-4, metavar="RATE", help="of Adam (%(default)s)")
-    arg("--batch", type=data.number(1, kind=int), default=16, help="images per step (%(default)s)")
+    arg("--batch", type=data.number(1, 2**16, kind=int), default=16, help="images per step (%(default)s)")
     arg("--iters", type=data.number(1, kind=int), default=6400, help="steps of G (%(default)s)")
     arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generator; 0: no average (%(default)s)")
     arg("--sample", metavar="RUN", help="don't train: draw from this run's averaged generator")
-    arg("--n", type=data.number(1, kind=int), default=64, help="how many images --sample draws")
+    arg("--n", type=data.number(1, 2**16, kind=int), default=64, help="how many images --sample draws")
     parser.add_run()
     opt, checkpoint = parser.parse(argv, "dcgan", FIXED, apply="sample")
     if opt.smooth[0] > opt.smooth[1]:
@@ -306,13 +306,14 @@ def sample(opt, checkpoint):
     """Write RUN/generated/: grid.png, images/, walk.gif, walk.png (a row per leg), nearest.png."""
     device, _ = data.setup(opt)
     G, _ = build(opt, device)
-    G.load_state_dict(checkpoint["parts"]["ema"])
+    data.restore(checkpoint, {"ema": G})
     G.eval()
     noise = torch.randn(opt.n + 6, opt.z, 1, 1, generator=torch.Generator().manual_seed(opt.seed)).to(device)
     fakes = torch.cat([G(z).cpu() for z in noise[:opt.n].split(64)])
     ends = noise[opt.n:]
     walk = torch.cat([G(torch.stack([slerp(a, b, t / 16) for t in range(16)])).cpu() for a, b in zip(ends, ends.roll(-1, 0))])
 
+    images = data.load_images(opt.data, opt.size)
     folder = data.new_folder(opt.out, Path(opt.sample) / "generated", "images")
     for i, image in enumerate(fakes):
         data.save_grid(image[None], folder / "images" / f"{i:05d}.png")
@@ -320,7 +321,7 @@ def sample(opt, checkpoint):
     data.save_grid(walk[::2], folder / "walk.png")
     data.save_gif(walk, folder / "walk.gif", 60)
     print(f"{folder}: {opt.n} images, grid.png, walk.gif, walk.png")
-    closest, distance = data.nearest(fakes, data.load_images(opt.data, opt.size))
+    closest, distance = data.nearest(fakes, images)
     data.save_grid(torch.cat([fakes, closest], dim=2), folder / "nearest.png")
     print(f"nearest.png: each sample above the training image that is nearest to it (median distance {distance.median():.3f})")
 

@@ -419,6 +419,20 @@ def test_load_images_from_folder_and_zip(tmp_path, capsys):
     assert torch.equal(data.load_images(str(tmp_path / "in.zip"), 16), images)
 
 
+def test_bombs_are_skipped(tmp_path, capsys):
+    """A picture that takes kilobytes on disk and gigabytes in memory, and a member of a zip that does."""
+    Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
+    Image.new("1", (8200, 8200)).save(tmp_path / "large.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    assert len(data.load_images(str(tmp_path), 8)) == 1
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "small.png", "small.png")
+        archive.writestr("zeros.webp", bytes(2**27 + 1))
+    assert len(data.load_images(str(tmp_path / "a.zip"), 8)) == 1
+    told = capsys.readouterr().err
+    assert all(f"skipped {name}" in told.replace(f"{tmp_path}/", "") for name in ("huge.png", "large.png", "zeros.webp: more than 128 MB"))
+
+
 def test_storage_maps_a_file_when_memory_is_short():
     images = data.storage(5, 8, memory=1000)
     images[:] = 7
@@ -500,7 +514,14 @@ def test_get(server, tmp_path, monkeypatch):
     for name in ("half", "gone"):  # a damaged zip, and a dead link
         with pytest.raises(data.BadInput, match=f"put them into datasets/{name}/trainA"):
             data.main(["get", name])
-    assert [p.name for p in Path("datasets").iterdir()] == ["fruit"]
+    with zipfile.ZipFile(folder / "cyclegan" / "datasets" / "greedy.zip", "w") as archive:
+        for name in ("greedy/trainA/x.png", "fruit/trainA/x.png", "../climbed.png"):
+            archive.writestr(name, "")
+    data.main(["get", "greedy"])
+    assert sorted(str(p) for p in Path("datasets").rglob("x.png") if not p.stat().st_size) == ["datasets/greedy/trainA/x.png"]
+    with pytest.raises(data.BadInput, match="not the name of a data set"):
+        data.main(["get", "../fruit"])
+    assert sorted(p.name for p in Path("datasets").iterdir()) == ["fruit", "greedy"] and not list(tmp_path.rglob("climbed.png"))
 
 
 def test_preview(cats, tmp_path):
@@ -644,15 +665,59 @@ def test_weights_that_are_not_finite_are_never_saved(cats, tmp_path, monkeypatch
     assert data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "dcgan")["iteration"] == 2
 
 
+CHECKPOINT = {"program": "dcgan", "iteration": 1, "options": {}, "parts": {}, "logged": 1, "sums": torch.zeros(1), "random": None}
+
+
 def test_checkpoint_survives_a_failed_write(tmp_path, monkeypatch):
     flushed, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: flushed.append(fsync(number)))
-    data.save_checkpoint({"program": "dcgan", "x": 1}, tmp_path / "ckpt.pt")
-    assert len(flushed) == 1
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    data.save_checkpoint(CHECKPOINT | {"iteration": 7}, tmp_path / "ckpt.pt")
+    assert len(flushed) == 2  # the file, then its name in the folder
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
-        data.save_checkpoint({"program": "dcgan", "x": 2}, tmp_path / "ckpt.pt")
-    assert data.load_checkpoint(tmp_path / "ckpt.pt", "dcgan")["x"] == 1 and len(list(tmp_path.iterdir())) == 1
+        data.save_checkpoint(CHECKPOINT, tmp_path / "ckpt.pt")
+    assert data.load_checkpoint(tmp_path / "ckpt.pt", "dcgan")["iteration"] == 7 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    data.save_checkpoint(CHECKPOINT | {"sums": torch.arange(999.)}, tmp_path / "ckpt.pt")
+    raw = bytearray((tmp_path / "ckpt.pt").read_bytes())
+    raw[raw.index(torch.arange(999.).numpy().tobytes()) + 100] ^= 1
+    (tmp_path / "ckpt.pt").write_bytes(raw)
+    assert torch.load(tmp_path / "ckpt.pt")["sums"].shape == (999,)  # torch itself does not
+    with pytest.raises(data.BadInput, match="damaged"):
+        data.load_checkpoint(tmp_path / "ckpt.pt", "dcgan")
+
+
+def test_a_kill_during_the_last_save_loses_nothing(cats, tmp_path, monkeypatch):
+    """Whatever is written after the checkpoint would be missing for good: --resume takes the run for finished."""
+    train("--data", cats, "--iters", 4, "--out", tmp_path / "a")
+    keep = data.save_checkpoint
+    def killed(checkpoint, path):
+        keep(checkpoint, path)
+        if checkpoint["iteration"] == 4:
+            raise ZeroDivisionError
+    monkeypatch.setattr(data, "save_checkpoint", killed)
+    with pytest.raises(ZeroDivisionError):
+        train("--data", cats, "--iters", 4, "--out", tmp_path / "b")
+    for name in ("timelapse.gif", "samples/000004.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("edit", ["", "rubbish\n\n;;", "iteration;D_real_loss\n1;2\n", "nan,nan\n\0", None])
+def test_a_log_that_someone_edited_stops_no_run(edit, cats, tmp_path, monkeypatch):
+    train("--data", cats, "--iters", 2, "--out", tmp_path / "run")
+    def spoil():
+        if edit is None:
+            (tmp_path / "run" / "log.csv").unlink()
+        else:
+            (tmp_path / "run" / "log.csv").write_text(edit)
+    spoil()
+    good = dcgan.average
+    monkeypatch.setattr(dcgan, "average", lambda *args: (good(*args), args[3] == 5 and spoil()))  # and once more while it runs
+    train("--resume", tmp_path / "run", "--iters", 8)
+    rows = [row[0] for row in csv.reader(open(tmp_path / "run" / "log.csv")) if row]
+    assert rows[-3:] == ["6", "7", "8"] and (tmp_path / "run" / "losses.png").exists()
 
 
 class Planted:
@@ -664,7 +729,7 @@ class Planted:
 
 
 def test_a_checkpoint_can_not_run_code(tmp_path):
-    torch.save({"program": "dcgan", "x": Planted(tmp_path / "ran")}, tmp_path / "ckpt.pt")
+    torch.save(CHECKPOINT | {"random": Planted(tmp_path / "ran")}, tmp_path / "ckpt.pt")
     with pytest.raises(data.BadInput, match="damaged or no checkpoint"):
         data.load_checkpoint(tmp_path / "ckpt.pt", "dcgan")
     assert not (tmp_path / "ran").exists()
@@ -690,19 +755,34 @@ def test_a_checkpoint_can_not_run_code(tmp_path):
     (["--resume", "run", "--width", "8"], "--width: run was trained with 4"),
     (["--data", "run/samples", "--out", "run"], "run is in use already"),
     (["--sample", "other"], "written by cyclegan.py"),
+    (["--sample", "changed"], "ema does not fit this program"),
+    (["--resume", "changed", "--iters", "9"], "G does not fit this program"),
+    (["--resume", ""], "need the folder of a run"),
+    (["--out", "empty/ckpt.pt"], "Not a directory"),
+    (["--out", "broken"], "broken is in use"),
+    (["--data", "pipe"], "neither a folder nor"),
+    (["--seed", 2**64], "needs a whole number"),
+    (["--device", "hpu"], "no such device"),
+    (["--width", "60000"], "out of memory"),
 ])
 def test_bad_input_gets_one_line(argv, words, cats, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir(), Path("broken").mkdir(), Path("other").mkdir()
     Path("damaged.zip").write_bytes(b"PK\5\6\0\0\0\0\1\0\1\0" + b"\xff" * 8 + b"\0\0")
     Path("broken/ckpt.pt").write_bytes(b"PK\3\4 nothing")
-    torch.save({"program": "cyclegan"}, "other/ckpt.pt")
-    if "run" in argv:
-        train("--data", cats, "--iters", 2, "--out", "run")
+    Path("empty/ckpt.pt").touch(), os.mkfifo("pipe")
+    torch.save(CHECKPOINT | {"program": "cyclegan"}, "other/ckpt.pt")
+    if "run" in argv or "changed" in argv:
+        train("--data", cats, "--iters", 2, "--out", "run" if "run" in argv else "changed")
+    if "changed" in argv:  # as if someone had added a layer to the program
+        saved = torch.load("changed/ckpt.pt")
+        for name in ("G", "ema"):
+            saved["parts"][name]["9.weight"] = torch.zeros(1)
+        torch.save(saved, "changed/ckpt.pt")
     before = sorted(map(str, Path().rglob("*")))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped, data.one_line_errors():
-        opt, checkpoint = dcgan.options([*(SMALL if "--resume" not in argv else []), *argv])
+        opt, checkpoint = dcgan.options([*([*SMALL, "--data", str(cats)] if "--resume" not in argv else []), *map(str, argv)])
         dcgan.sample(opt, checkpoint) if opt.sample else dcgan.train(opt, checkpoint)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
@@ -841,6 +921,17 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
     results = tmp_path / "a" / "translated_to_Y"
     sizes = {str(p.relative_to(results)): Image.open(p).size for p in results.rglob("*.png")}
     assert sizes == {"b.png": (32, 32), os.path.join("sub", "été 1.png.png"): (95, 32), os.path.join("sub", "été 1.jpg.png"): (32, 96)}
+    with zipfile.ZipFile(tmp_path / "climbing.zip", "w") as archive:
+        for i, name in enumerate(("../up.webp", "/root.webp", "//two.webp")):
+            archive.write(tmp_path / "photos" / "b.webp", name)
+    cyclegan.translate(*cycle_options("--translate", tmp_path / "a", "--input", tmp_path / "climbing.zip", "--out", tmp_path / "out"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["root.png", "two.png", "up.png"]
+    (tmp_path / "none").mkdir()
+    (tmp_path / "long.png").write_bytes(b"no picture")
+    for source, out, words in (("none", "new", "no usable image"), ("long.png", "new", "no usable image"), ("photos", "photos", "in use")):
+        with pytest.raises(data.BadInput, match=words):
+            cyclegan.translate(*cycle_options("--translate", tmp_path / "a", "--input", tmp_path / source, "--out", tmp_path / out))
+    assert not (tmp_path / "new").exists() and len(list((tmp_path / "photos").iterdir())) == 2
     for to, name in (("X", "ema_YX"), ("Y", "ema_XY")):  # two directions, two networks
         G = cyclegan.Generator(32, 4)
         G.load_state_dict(a["parts"][name])
