@@ -222,6 +222,9 @@ def step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast):
         scores += [score_real.mean(), score_fake.mean()]
     opt_D.zero_grad()
     sum(losses_d).backward()
+    data.average_gradients(opt_D)  # of several processes
+    for D in (D_X, D_Y):  # see dcgan.py
+        nn.utils.clip_grad_norm_(D.parameters(), 1)
     opt_D.step()
 
     # Train G, through D that stand still.
@@ -236,6 +239,7 @@ def step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast):
     identity = F.l1_loss(from_x[len(x):], y) + F.l1_loss(from_y[len(y):], x) if same else zero
     opt_G.zero_grad()
     (loss_xy + loss_yx + opt.lambda_cycle * (cycle_x + cycle_y) + opt.identity * identity).backward()
+    data.average_gradients(opt_G)
     opt_G.step()
     return *losses_d, loss_xy, loss_yx, cycle_x, cycle_y, identity, *scores
 
@@ -262,9 +266,7 @@ def build(opt, device):
 
 
 def optimizer(nets, rate):
-    optimizer = torch.optim.Adam([p for net in nets for p in net.parameters()], rate, betas=(0.5, 0.999), fused=True)
-    optimizer.register_step_pre_hook(data.average_gradients)
-    return optimizer
+    return torch.optim.Adam([p for net in nets for p in net.parameters()], rate, betas=(0.5, 0.999), fused=True)
 
 
 def train(opt, checkpoint):
@@ -321,7 +323,8 @@ def translate(opt, checkpoint):
     """Write one PNG per input into RUN/translated_to_X or _Y, under its own name and at its own proportions."""
     device, _ = data.setup(opt)
     G, _, _, _ = build(opt, device)
-    data.restore(checkpoint, {"ema_XY" if opt.to == "Y" else "ema_YX": G})
+    with data.restoring():
+        G.load_state_dict(checkpoint["parts"]["ema_XY" if opt.to == "Y" else "ema_YX"])
     folder = None
     for name, image in data.read_pictures(opt.input, opt.size):
         folder = folder or data.new_folder(opt.out, Path(opt.translate) / f"translated_to_{opt.to}", "")

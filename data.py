@@ -546,8 +546,8 @@ def setup(opt):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def average_gradients(optimizer, *_):
-    """Hook before an optimizer's step: with several processes, each gets the mean of all their gradients."""
+def average_gradients(optimizer):
+    """Between backward() and step(): with several processes, each gets the mean of all their gradients."""
     if WORLD > 1:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
         flat = torch.cat([g.flatten() for g in gradients])
@@ -604,6 +604,7 @@ def load_checkpoint(path, program):
             assert not file.testzip()  # torch.load would not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert {"program", "iteration", "options", "parts", "logged", "sums", "random"} <= checkpoint.keys()
+        assert isinstance(checkpoint["options"], dict) and isinstance(checkpoint["iteration"], int)
         if checkpoint["program"] == program:
             return checkpoint
     except Exception as error:  # what a damaged file raises depends on where it is damaged
@@ -611,13 +612,13 @@ def load_checkpoint(path, program):
     raise BadInput(f"{path} was written by {checkpoint['program']}.py; this is {program}.py")
 
 
-def restore(checkpoint, parts):
-    """Give each of the named parts its state back."""
+@contextlib.contextmanager
+def restoring():
+    """Around load_state_dict: what does not fit the networks becomes one line."""
     try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint["parts"][name])
+        yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"the checkpoint's {name} does not fit this program, was it written by another version? ({error})") from None
+        raise BadInput(f"the checkpoint does not fit this program; was it written by another version? ({error})") from None
 
 
 def new_folder(given, otherwise, inside):
@@ -656,10 +657,12 @@ class Run:
             except ImportError:
                 raise BadInput("--tensorboard needs a package that is not here: pip install tensorboard") from None
         if checkpoint:
-            restore(checkpoint, parts)
+            with restoring():
+                for name, part in parts.items():
+                    part.load_state_dict(checkpoint["parts"][name])
+                self.sums += checkpoint["sums"].to(device)
+                set_random_state(checkpoint["random"], device)
             self.iteration, self.logged, self.first = checkpoint["iteration"], checkpoint["logged"], checkpoint["iteration"]
-            self.sums += checkpoint["sums"].to(device)
-            set_random_state(checkpoint["random"], device)
             if RANK == 0:
                 self.cut_log()
         elif RANK == 0:
