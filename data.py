@@ -239,7 +239,7 @@ def load_images(source, size, limit=None):
                 print(f"reading {source}: {i + 1} of {len(names)}", file=sys.stderr)
                 told = time.time()
     for _, problem in failed:
-        print(f"skipped {problem}", file=sys.stderr)
+        print("skipped", *problem.split(), file=sys.stderr)  # in one line, whatever the name
     if failed:
         print(f"skipped {len(failed)} of {len(names)} files in {source}: not readable as images", file=sys.stderr)
         bad = {i for i, _ in failed}
@@ -271,7 +271,7 @@ def read_pictures(source, side):
                 raise ValueError(f"{image.width} x {image.height} is too long and thin")
             image = image.resize([round(scale * n) for n in image.size], Image.Resampling.BICUBIC)
         except Exception as error:  # as in load_images
-            print(f"skipped {name}: {error}", file=sys.stderr)
+            print("skipped", *f"{name}: {error}".split(), file=sys.stderr)
             continue
         stem = Path(*[part for part in Path(name).parts if part != ".." and not part.startswith("/")]).with_suffix("")
         twice = stems[str(Path(name).with_suffix("")).lower()] > 1
