@@ -20,7 +20,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def uniform(x, low, high):
-    return low + (high - low) * torch.rand(WORLD * len(x), 1, 1, 1, device=x.device)[RANK::WORLD]
+    return low + (high - low) * torch.rand(WORLD * len(x), 1, 1, 1, dtype=x.dtype, device=x.device)[RANK::WORLD]
 
 
 def integers(x, low, high):
@@ -33,13 +33,11 @@ def brightness(x):
 
 
 def saturation(x):
-    grey = x.mean(dim=1, keepdim=True)
-    return (x - grey) * uniform(x, 0, 2) + grey
+    return torch.lerp(x.mean(dim=1, keepdim=True), x, uniform(x, 0, 2))  # lerp: grey + factor * (x - grey)
 
 
 def contrast(x):
-    mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    return (x - mean) * uniform(x, 0.5, 1.5) + mean
+    return torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, uniform(x, 0.5, 1.5))
 
 
 def window(x, H, W):
@@ -47,8 +45,8 @@ def window(x, H, W):
     B, C, height, width = x.shape
     rows = torch.arange(H, device=x.device) + integers(x, 0, height - H)  # [B, H]: the rows to take
     cols = torch.arange(W, device=x.device) + integers(x, 0, width - W)
-    x = x.gather(2, rows[:, None, :, None].expand(B, C, H, width))
-    return x.gather(3, cols[:, None, None, :].expand(B, C, H, W))
+    pixels = (rows[:, None, :, None] * width + cols[:, None, None, :]).flatten(2)  # [B, 1, H * W]: where in the flat image
+    return x.flatten(2).gather(2, pixels.expand(B, C, H * W)).view(B, C, H, W)
 
 
 def translation(x, ratio=0.125):
