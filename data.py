@@ -284,8 +284,9 @@ def read_pictures(source, side):
 class Batches:
     """Endless random batches of a uint8 tensor [N, 3, L, L], which stays on the device if it fits there.
 
-    Each epoch is a permutation, of which each process takes its share. A batch that reaches past an epoch's end goes on in the next one, so it is never short,
-    not even with fewer images than a batch. state_dict() holds the order, so that a resumed run sees the same images.
+    Each epoch is a permutation, of which each process takes its share. A batch that reaches past an epoch's end goes on
+    in the next one, so it is never short, not even with fewer images than a batch. state_dict() holds the order, so that
+    a resumed run sees the same images.
     """
 
     def __init__(self, images, batch, device, seed):
@@ -598,7 +599,7 @@ def save_checkpoint(checkpoint, path):
 def load_checkpoint(path, program):
     """-> the dictionary, on the CPU. weights_only: a checkpoint from a stranger can't run code."""
     if not Path(path).is_file():
-        raise BadInput(f"no checkpoint {path}; give the folder of a run, such as out/{program}")
+        raise BadInput(f"no checkpoint {path}; give the folder of a run, such as out/{program}, that came as far as a checkpoint")
     try:
         with zipfile.ZipFile(path) as file:
             assert not file.testzip()  # torch.load would not notice a flipped bit

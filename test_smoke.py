@@ -947,7 +947,8 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
     ("dcgan", "--norm instance --smooth 0.7 0.9"), ("cyclegan", "--patch --cycle --identity 1 --pool 6")])
 def test_two_processes_do_what_one_does(program, flags, cats, tmp_path):
     """torchrun: half of the batch each, every random draw its share, gradients averaged, one pool, one writer, one resume."""
-    flags = [*SMALL, *flags.split(), "--deluxe", "--diffaug", "--dtype", "fp32", *(["--data", cats] if program == "dcgan" else ["--X", cats, "--Y", cats])]
+    rates = ["--g-lr", 0.01, "--d-lr", 0.01]  # high ones: what differs at all soon differs much
+    flags = [*SMALL, *flags.split(), *rates, "--deluxe", "--diffaug", "--dtype", "fp32", *(["--data", cats] if program == "dcgan" else ["--X", cats, "--Y", cats])]
     flags = [flag for flag in flags if program == "dcgan" or flag not in ("--z", "8")]
     def run(processes, *argv):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
@@ -957,7 +958,7 @@ def test_two_processes_do_what_one_does(program, flags, cats, tmp_path):
     out = run(2, *flags, "--batch", 2, "--iters", 3, "--out", tmp_path / "two") + run(2, "--resume", tmp_path / "two", "--iters", 6)
     assert out.count("6/6") == 1 and out.count("finished") == 2
     one, two = ([list(map(float, list(row.values())[:-1])) for row in csv.DictReader(open(tmp_path / name / "log.csv"))] for name in ("one", "two"))
-    assert len(one) == 6 and np.allclose(one, two, rtol=1e-3, atol=1e-5)
+    assert len(one) == 6 and np.allclose(one, two, rtol=1e-3, atol=1e-4)
     assert {p.name for p in (tmp_path / "two").iterdir()} == {"ckpt.pt", "log.csv", "losses.png", "samples", "timelapse.gif"}
 
 
