@@ -644,6 +644,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cats, tmp_path):
     assert data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "dcgan")["iteration"] >= 3
 
 
+def test_sigkill_and_resume_end_in_the_same_bits(cats, tmp_path):
+    flags = ["--data", cats, "--deluxe", "--diffaug", "--iters", 40, "--save-every", 5]
+    command = [sys.executable, HERE / "dcgan.py", *SMALL, *flags, "--out", tmp_path / "killed"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    while "12/40" not in process.stdout.readline():
+        pass
+    process.kill()
+    process.communicate(timeout=60)
+    subprocess.run(list(map(str, [sys.executable, HERE / "dcgan.py", "--resume", tmp_path / "killed"])), check=True, timeout=200)
+    command[-1] = tmp_path / "whole"
+    subprocess.run(list(map(str, command)), check=True, timeout=200)
+    killed, whole = (data.load_checkpoint(tmp_path / run / "ckpt.pt", "dcgan") for run in ("killed", "whole"))
+    assert whole["iteration"] == 40 and all(same(killed[key], whole[key]) for key in ("iteration", "parts", "sums", "logged", "random"))
+    for sample in (tmp_path / "whole" / "samples").iterdir():
+        assert sample.read_bytes() == (tmp_path / "killed" / "samples" / sample.name).read_bytes()
+    assert len(list((tmp_path / "killed" / "samples").iterdir())) == 20
+    assert (tmp_path / "killed" / "timelapse.gif").read_bytes() == (tmp_path / "whole" / "timelapse.gif").read_bytes()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(cats, tmp_path, monkeypatch):
     good, count = dcgan.step, [0]
     def step(*args):
