@@ -43,7 +43,7 @@ def options(argv=None):
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"), help="cycle consistency (plain: l1)")
     arg("--lambda-cycle", type=data.number(0), default=10.0, metavar="W", help="its weight")
-    arg("--identity", type=data.number(0), default=0.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is")
+    arg("--identity", type=data.number(0), default=5.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is")
     arg("--pool", type=data.number(0, kind=int), default=50, help="earlier fakes that are shown to D again")
     arg("--g-lr", type=data.number(1e-9, 1), default=3e-4, metavar="RATE")
     arg("--d-lr", type=data.number(1e-9, 1), default=3e-4, metavar="RATE")

@@ -830,7 +830,7 @@ def test_only_the_promised_packages_are_imported():
 # ---- CycleGAN -------------------------------------------------------------------------------------------------------
 
 def cycle_options(*argv):
-    return cyclegan.options([*SMALL[:4], *SMALL[6:], *map(str, argv)])
+    return cyclegan.options([*SMALL[:4], *SMALL[6:], "--identity", "0", *map(str, argv)])
 
 
 def test_cyclegan_networks():
