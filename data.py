@@ -778,9 +778,10 @@ def get(name, url=None, root="datasets"):
         with zipfile.ZipFile(archive) as file, tempfile.TemporaryDirectory(dir=root) as unpacked:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
-            if not any(member.startswith(f"{name}/") for member in file.namelist()):
+            members = [m for m in file.namelist() if m.startswith(f"{name}/")]  # whatever else is in it stays there
+            if not members:
                 raise zipfile.BadZipFile(f"no folder {name} in it")
-            file.extractall(unpacked, [member for member in file.namelist() if member.startswith(f"{name}/")])
+            file.extractall(unpacked, members)
             os.replace(Path(unpacked) / name, target)
     except Exception as error:  # addresses, connections and zips can be broken in many ways
         archive.unlink(missing_ok=True)
