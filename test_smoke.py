@@ -847,6 +847,22 @@ def test_cyclegan_networks():
         assert ours.state_dict().keys() == theirs.state_dict().keys() and parameters(ours) == parameters(theirs)
 
 
+def test_flags_of_the_discriminator_reach_it_in_both_programs():
+    def built(*flags):
+        _, D = dcgan.build(options(*flags), torch.device("cpu"))
+        _, _, *both = cyclegan.build(cycle_options(*flags)[0], torch.device("cpu"))
+        return [D, *both]
+    for D in built("--spectral-norm"):
+        assert all(nn.utils.parametrize.is_parametrized(layer) for layer in D if isinstance(layer, nn.Conv2d))
+    for D in built("--d-norm", "instance"):
+        assert "InstanceNorm2d" in kinds(D)
+    for D in built("--patch"):
+        assert D(torch.zeros(1, 3, 32, 32)).shape[2] > 1
+    for D in built():
+        assert kinds(D) == {"Conv2d", "LeakyReLU"} and D(torch.zeros(1, 3, 32, 32)).shape[2:] == (1, 1)
+        assert not any(nn.utils.parametrize.is_parametrized(layer) for layer in D)
+
+
 class ShiftG(nn.Module):
     def __init__(self, by):
         super().__init__()
