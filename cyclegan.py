@@ -42,13 +42,13 @@ def options(argv=None):
     arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"), help="cycle consistency (plain: l1)")
-    arg("--lambda-cycle", type=data.number(0), default=10.0, metavar="W", help="its weight")
-    arg("--identity", type=data.number(0), default=5.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is")
+    arg("--lambda-cycle", type=data.number(0), default=2.0, metavar="W", help="its weight")
+    arg("--identity", type=data.number(0), default=2.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is")
     arg("--pool", type=data.number(0, kind=int), default=50, help="earlier fakes that are shown to D again")
-    arg("--g-lr", type=data.number(1e-9, 1), default=3e-4, metavar="RATE")
-    arg("--d-lr", type=data.number(1e-9, 1), default=3e-4, metavar="RATE")
+    arg("--g-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE")
+    arg("--d-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE")
     arg("--decay", action="store_true", help="let the rates fall to 0 over the second half of the run")
-    arg("--batch", type=data.number(1, 2**16, kind=int), default=16)
+    arg("--batch", type=data.number(1, 2**16, kind=int), default=4)
     arg("--iters", type=data.number(1, kind=int), default=10000)
     arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generators; 0: no average")
     arg("--translate", metavar="RUN", help="don't train: translate --input with this run's averaged generators")
@@ -126,9 +126,10 @@ class Generator(nn.Sequential):
         channels = [width, 2 * width, 4 * width] if full else [3, width, 2 * width]
         layers, norm = [], nn.InstanceNorm2d
         if full:
-            layers += [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), norm(width), nn.ReLU()]  # [B, width, 256, 256]
+            layers += [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU()]  # [B, width, 256, 256]
         for inputs, outputs in zip(channels, channels[1:]):  # [B, 32, 32, 32], [B, 64, 16, 16]
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), norm(outputs), nn.ReLU()]
+            # The paper has a norm behind the first layer as well; it takes the image's brightness and colour cast away.
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), *([norm(outputs)] if inputs > 3 else []), nn.ReLU()]
         layers += [ResidualBlock(channels[2]) for _ in range(blocks)]  # [B, 64, 16, 16]
         for inputs, outputs in zip(channels[:0:-1], channels[1::-1]):  # [B, 32, 32, 32], [B, 3, 64, 64]
             double = UpConv(inputs, outputs) if up == "resize" else nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
