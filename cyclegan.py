@@ -34,26 +34,26 @@ def options(argv=None):
     arg("--X", default="toy-blue", help="folder or .zip of images, or a drawn set: toy-grumpy, toy-blue")
     arg("--Y", default="toy-grumpy", help="the other set; nothing in it needs a partner in X")
     parser.add_augmentation()
-    arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels")
-    arg("--width", type=data.number(1, 2**16, kind=int), default=32, help="channels of the layers at the highest resolution")
+    arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels (%(default)s)")
+    arg("--width", type=data.number(1, 2**16, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
     arg("--blocks", type=data.number(0, 2**16, kind=int), default=None, help="residual blocks of G (default: 3; 9 at 256 px)")
-    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution")
+    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution (%(default)s)")
     arg("--d-norm", choices=("instance", "none"), default="none", help="normalisation in D (%(default)s)")
     arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"), help="cycle consistency (plain: l1)")
-    arg("--lambda-cycle", type=data.number(0), default=2.0, metavar="W", help="its weight")
-    arg("--identity", type=data.number(0), default=2.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is")
-    arg("--pool", type=data.number(0, kind=int), default=50, help="earlier fakes that are shown to D again")
-    arg("--g-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE")
-    arg("--d-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE")
+    arg("--lambda-cycle", type=data.number(0), default=2.0, metavar="W", help="its weight (%(default)s)")
+    arg("--identity", type=data.number(0), default=2.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is (%(default)s)")
+    arg("--pool", type=data.number(0, kind=int), default=50, help="earlier fakes that are shown to D again (%(default)s)")
+    arg("--g-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE", help="of Adam (%(default)s)")
+    arg("--d-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE", help="of Adam (%(default)s)")
     arg("--decay", action="store_true", help="let the rates fall to 0 over the second half of the run")
-    arg("--batch", type=data.number(1, 2**16, kind=int), default=4)
-    arg("--iters", type=data.number(1, kind=int), default=10000)
-    arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generators; 0: no average")
+    arg("--batch", type=data.number(1, 2**16, kind=int), default=4, help="images of each set per step (%(default)s)")
+    arg("--iters", type=data.number(1, kind=int), default=10000, help="steps of G (%(default)s)")
+    arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generators; 0: no average (%(default)s)")
     arg("--translate", metavar="RUN", help="don't train: translate --input with this run's averaged generators")
-    arg("--input", metavar="PATH", help="an image, or a folder or .zip of images")
-    arg("--to", choices=("X", "Y"), default="Y")
+    arg("--input", metavar="PATH", help="what --translate translates: an image, or a folder or .zip of images")
+    arg("--to", choices=("X", "Y"), default="Y", help="into which set (%(default)s)")
     parser.add_run()
     opt, checkpoint = parser.parse(argv, "cyclegan", FIXED, apply="translate")
     if opt.blocks is None:
@@ -118,22 +118,24 @@ class ResidualBlock(nn.Module):
 class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H and W multiples of 4.
 
-    In the comments size = 64, width = 32. At 256 px it is the paper's network, which has a 7x7 layer at both ends.
+    In the comments size = 64, width = 32. At 256 px it is the paper's network, which has a 7x7 layer at both ends. But
+    the paper normalises every hidden layer. A norm subtracts each channel's mean over the image, and brightness and
+    colour of the whole image are such means: the layers next to the image, with `width` channels, go without.
     """
 
     def __init__(self, size=64, width=32, blocks=3, up="resize"):
         full = size == 256
         channels = [width, 2 * width, 4 * width] if full else [3, width, 2 * width]
-        layers, norm = [], nn.InstanceNorm2d
+        norm = lambda channels: [nn.InstanceNorm2d(channels)] if channels > width else []
+        layers = []
         if full:
             layers += [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU()]  # [B, width, 256, 256]
         for inputs, outputs in zip(channels, channels[1:]):  # [B, 32, 32, 32], [B, 64, 16, 16]
-            # The paper has a norm behind the first layer as well; it takes the image's brightness and colour cast away.
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), *([norm(outputs)] if inputs > 3 else []), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), *norm(outputs), nn.ReLU()]
         layers += [ResidualBlock(channels[2]) for _ in range(blocks)]  # [B, 64, 16, 16]
         for inputs, outputs in zip(channels[:0:-1], channels[1::-1]):  # [B, 32, 32, 32], [B, 3, 64, 64]
             double = UpConv(inputs, outputs) if up == "resize" else nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
-            layers += [double] if outputs == 3 else [double, norm(outputs), nn.ReLU()]
+            layers += [double] if outputs == 3 else [double, *norm(outputs), nn.ReLU()]
         if full:
             layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
         super().__init__(*layers, nn.Tanh())
@@ -211,7 +213,7 @@ def step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast):
         from_y = G_YX(torch.cat([y, x]) if same else y).float()
     fake_y, fake_x = from_x[:len(x)], from_y[:len(y)]
 
-    # Train D. detach: nothing here may reach the weights of G.
+    # Train D. detach: nothing here may reach G's weights.
     D_X.requires_grad_(True), D_Y.requires_grad_(True)
     losses_d, scores = [], []
     for D, real, fake, pool in ((D_X, x, fake_x, pools[0]), (D_Y, y, fake_y, pools[1])):

@@ -840,6 +840,8 @@ def test_cyclegan_networks():
     G = cyclegan.Generator(64, 4, blocks=3)
     assert G(torch.zeros(1, 3, 64, 48)).shape == (1, 3, 64, 48)
     assert len({id(p) for p in G.parameters()}) == len(list(G.parameters())) and len([m for m in G if isinstance(m, cyclegan.ResidualBlock)]) == 3
+    for net in (G, cyclegan.Generator(256, 4, blocks=3)):  # the image's own brightness gets past the layers next to it
+        assert sorted(m.num_features for m in net.modules() if isinstance(m, torch.nn.InstanceNorm2d)) == [8] * (7 if net is G else 2) + [16] * (0 if net is G else 7)
     assert parameters(G) - parameters(cyclegan.Generator(64, 4, blocks=2)) == 2 * (9 * 8 * 8 + 8)
     assert parameters(cyclegan.Generator(64, 4, up="transpose")) - parameters(G) == (16 - 9) * (8 * 4 + 4 * 3)
     for flags in ({"patch": True}, {"patch": False}, {"spectral": True}, {"norm": "instance"}):
