@@ -58,6 +58,8 @@ def options(argv=None):
     opt, checkpoint = parser.parse(argv, "cyclegan", FIXED, apply="translate")
     if opt.blocks is None:
         opt.blocks = 9 if opt.size == 256 else 3
+    if opt.cycle == "none" and opt.lambda_cycle != parser.get_default("lambda_cycle"):
+        parser.error("--lambda-cycle would have no effect here: it needs --cycle")
     if opt.spectral_norm and opt.d_norm != "none":
         parser.error("--d-norm would have no effect here: --spectral-norm stands in its place")
     if bool(opt.translate) != bool(opt.input):
@@ -118,9 +120,10 @@ class ResidualBlock(nn.Module):
 class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H and W multiples of 4.
 
-    In the comments size = 64, width = 32. At 256 px it is the paper's network, which has a 7x7 layer at both ends. But
-    the paper normalises every hidden layer. A norm subtracts each channel's mean over the image, and brightness and
-    colour of the whole image are such means: the layers next to the image, with `width` channels, go without.
+    In the comments size = 64, width = 32. At 256 px it is the paper's network (with width 64), which has a 7x7 layer at
+    both ends. But the paper normalises every hidden layer. A norm right behind the first convolution makes a brighter
+    image equal to a darker one, and one before the last fixes the mean of each channel that the colours are mixed from.
+    So the layers next to the image, with `width` channels, go without.
     """
 
     def __init__(self, size=64, width=32, blocks=3, up="resize"):
@@ -135,7 +138,7 @@ class Generator(nn.Sequential):
         layers += [ResidualBlock(channels[2]) for _ in range(blocks)]  # [B, 64, 16, 16]
         for inputs, outputs in zip(channels[:0:-1], channels[1::-1]):  # [B, 32, 32, 32], [B, 3, 64, 64]
             double = UpConv(inputs, outputs) if up == "resize" else nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
-            layers += [double] if outputs == 3 else [double, *norm(outputs), nn.ReLU()]
+            layers += [double] if inputs == width else [double, *norm(outputs), nn.ReLU()]
         if full:
             layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
         super().__init__(*layers, nn.Tanh())
@@ -179,11 +182,12 @@ class Pool:
         self.size, self.images = size, torch.empty(0)
 
     def swap(self, fakes):
-        """Fakes [B, C, H, W] -> the same number; each is with probability 1/2 kept for later, and an earlier one returned."""
+        """Fakes [B, C, H, W] -> the same number. Once the pool is full, each is with probability 1/2 kept, and an earlier one returned."""
         fakes = data.gather(fakes)  # several processes share one pool
+        self.images = self.images.to(fakes)  # a checkpoint is read into host memory
         missing = self.size - len(self.images)
         if missing > 0:
-            self.images = torch.cat([self.images.to(fakes), fakes[:missing]])
+            self.images = torch.cat([self.images, fakes[:missing]])
         if missing > 0 or self.size == 0:
             return fakes[RANK::WORLD]
         new, rest = fakes[:self.size], fakes[self.size:]

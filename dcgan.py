@@ -42,7 +42,7 @@ def options(argv=None):
     arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
     arg("--selu", action="store_true", help="SELU instead of normalisation and ReLU, in both networks")
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(%(default)s)")
-    arg("--critic-iters", type=data.number(1, kind=int), default=None, metavar="N", help="steps of D per step of G (1; wgan: 5)")
+    arg("--critic-iters", type=data.number(1, kind=int), default=None, metavar="N", help="steps of D per step of G (1; wgan, wgan-gp: 5)")
     arg("--smooth", type=data.number(0, 2), nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"), help="draw D's target for reals from here")
     arg("--g-target", type=data.number(-1, 2), default=1.0, metavar="T", help="score that G aims at (lsgan); 0.5: the boundary")
     arg("--g-lr", type=data.number(1e-9, 1), default=2e-4, metavar="RATE", help="of Adam (%(default)s)")

@@ -191,6 +191,12 @@ def test_losses_by_hand(argv, real, fake, g, scores):
     assert G.level.grad < 0
 
 
+def test_gradient_of_D_is_clipped(monkeypatch):
+    monkeypatch.setattr(torch, "ones", lambda *shape: torch.full(shape, 10.0))  # MeanD's slope: scores of 5.25 and -2.75
+    _, _, D, _ = one_step("--loss", "lsgan")
+    assert D.slope.grad.item() == pytest.approx(1, abs=1e-3)  # not 2 * 4.25 * 0.5 + 2 * 2.75 * 0.3 = 5.9
+
+
 def test_wgan_clips_and_iterates_its_critic():
     losses, G, D, used = one_step("--loss", "wgan", "--d-lr", 5e-5)
     assert losses[0] == pytest.approx(-0.005 - 0.25) and D.slope.item() == pytest.approx(0.01)  # clipped from the 1st step on
@@ -842,6 +848,7 @@ def test_cyclegan_networks():
     assert len({id(p) for p in G.parameters()}) == len(list(G.parameters())) and len([m for m in G if isinstance(m, cyclegan.ResidualBlock)]) == 3
     for net in (G, cyclegan.Generator(256, 4, blocks=3)):  # the image's own brightness gets past the layers next to it
         assert sorted(m.num_features for m in net.modules() if isinstance(m, torch.nn.InstanceNorm2d)) == [8] * (7 if net is G else 2) + [16] * (0 if net is G else 7)
+    assert [type(layer) for layer in cyclegan.Generator(64, 3)] == [type(layer) for layer in G]  # 3 channels are not always an image
     assert parameters(G) - parameters(cyclegan.Generator(64, 4, blocks=2)) == 2 * (9 * 8 * 8 + 8)
     assert parameters(cyclegan.Generator(64, 4, up="transpose")) - parameters(G) == (16 - 9) * (8 * 4 + 4 * 3)
     for flags in ({"patch": True}, {"patch": False}, {"spectral": True}, {"norm": "instance"}):
@@ -875,17 +882,18 @@ class ShiftG(nn.Module):
         return x + self.by
 
 
-@pytest.mark.parametrize("argv, cycle, identity, gradient, calls", [
-    ([], 0.0, 0.0, -1.4, 1),
-    (["--cycle"], 0.2, 0.0, -1.4 - 2 * 2, 2),
-    (["--cycle", "l2", "--lambda-cycle", 5], 0.04, 0.0, -1.4 - 5 * 2 * 0.4, 2),
-    (["--cycle", "--identity", 3], 0.2, 0.4, -1.4 - 2 * 2 + 3, 2),
+@pytest.mark.parametrize("argv, cycle, identity, pull_cycle, pull_identity, calls", [
+    ([], 0.0, 0.0, 0, 0, 1),
+    (["--cycle"], 0.2, 0.0, 2 * 2, 0, 2),
+    (["--cycle", "l2", "--lambda-cycle", 5], 0.04, 0.0, 5 * 2 * 0.4, 0, 2),
+    (["--cycle", "--identity", 3], 0.2, 0.4, 2 * 2, 3, 2),
 ])
-def test_cyclegan_losses_by_hand(argv, cycle, identity, gradient, calls):
+def test_cyclegan_losses_by_hand(argv, cycle, identity, pull_cycle, pull_identity, calls):
     """x = 0.2, y = 0.5, G_XY adds 0.1, G_YX takes 0.3 off, D is the mean. Two forwards, four with the cycle."""
     opt, _ = cycle_options(*argv)
     Gs, Ds = [ShiftG(0.1), ShiftG(-0.3)], [MeanD(), MeanD()]
-    optimizers = [torch.optim.SGD([p for net in nets for p in net.parameters()], 0.0) for nets in (Gs, Ds)]
+    optimizers = [torch.optim.SGD([p for net in nets for p in net.parameters()], 1e-5) for nets in (Gs, Ds)]
+    starts = [next(net.parameters()).detach().clone() for net in Gs + Ds]
     x, y = torch.full((2, 3, 32, 32), 0.2), torch.full((2, 3, 32, 32), 0.5)
     pools = cyclegan.Pool(0), cyclegan.Pool(0)
     losses = cyclegan.step(*Gs, *Ds, *optimizers, x, y, pools, opt, contextlib.nullcontext)
@@ -893,15 +901,29 @@ def test_cyclegan_losses_by_hand(argv, cycle, identity, gradient, calls):
     assert [loss.item() for loss in losses] == pytest.approx([
         (d(0.2) - 1) ** 2 + d(0.2) ** 2, (d(0.5) - 1) ** 2 + d(0.3) ** 2, (d(0.3) - 1) ** 2, (d(0.2) - 1) ** 2,
         cycle, cycle, identity, d(0.2), d(0.2), d(0.5), d(0.3)], abs=1e-5)
-    assert Gs[0].by.grad.item() == pytest.approx(gradient + 0.5, abs=1e-4)  # 2 (d(0.3) - 1) = -1.4 + 0.5
+    assert Gs[0].by.grad.item() == pytest.approx(2 * (d(0.3) - 1) - pull_cycle + pull_identity, abs=1e-4)
+    assert Gs[1].by.grad.item() == pytest.approx(2 * (d(0.2) - 1) - pull_cycle - pull_identity, abs=1e-4)
+    assert all(p != start for net, start in zip(Gs + Ds, starts) for p in net.parameters())  # each takes its step
     assert [G.calls for G in Gs] == [calls, calls] and [D.calls for D in Ds] == [[4, 2], [4, 2]]
 
 
 def test_cyclegan_diffaug_reaches_both_discriminators_in_both_steps(monkeypatch):
     seen = []
     monkeypatch.setattr(diffaug, "augment", lambda x, policy: seen.append((len(x), policy)) or x)
-    test_cyclegan_losses_by_hand(["--diffaug", "cutout"], 0.0, 0.0, -1.4, 1)
+    test_cyclegan_losses_by_hand(["--diffaug", "cutout"], 0.0, 0.0, 0, 0, 1)
     assert seen == [(4, "cutout"), (4, "cutout"), (2, "cutout"), (2, "cutout")]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--lambda-cycle", "5"], "--lambda-cycle would have no effect"),
+    (["--spectral-norm", "--d-norm", "instance"], "--d-norm would have no effect"),
+    (["--input", "somewhere"], "go together"),
+])
+def test_cyclegan_refuses_options_without_effect(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped, data.one_line_errors():
+        cyclegan.options(argv)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_pool_keeps_half_and_returns_old_fakes():
@@ -913,6 +935,39 @@ def test_pool_keeps_half_and_returns_old_fakes():
     assert 40 < (returned != 9).sum() < 50.5 and set(returned.tolist()) == {0, 1, 2, 3, 4, 9}
     assert len(pool.swap(image(1, 60))) == 60 and len(pool.images) == 50  # a batch larger than the pool
     assert torch.equal(cyclegan.Pool(0).swap(image(1, 3)), image(1, 3))
+    pool.load_state_dict({"images": image(1, 50).half()})  # a checkpoint's: brought to where the fakes are
+    pool.swap(image(1, 3))
+    assert pool.images.dtype == torch.float32
+
+
+def test_cyclegan_loop_hands_each_part_its_own(tmp_path, monkeypatch):
+    """X is red and Y blue; without memory each average is its own G; every G and D is trained; two pools."""
+    for name, colour in (("X", "red"), ("Y", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name / "1.png")
+    steps, step = [], cyclegan.step
+
+    def spy(*args):
+        G_XY, G_YX, D_X, D_Y, _, _, x, y, *_ = args
+        for p in [*D_X.parameters(), *D_Y.parameters()]:
+            p.data.mul_(20)  # for a gradient that is too long
+        steps.append((x, y, [next(net.parameters()).detach().clone() for net in args[:4]]))
+        result = step(*args)
+        norms = [torch.cat([p.grad.flatten() for p in D.parameters()]).norm().item() for D in (D_X, D_Y)]
+        assert norms == pytest.approx([1, 1], abs=1e-3)
+        return result
+    monkeypatch.setattr(cyclegan, "step", spy)
+    cyclegan.train(*cycle_options("--X", tmp_path / "X", "--Y", tmp_path / "Y", "--cycle", "--ema", 0, "--iters", 1, "--out", tmp_path / "run"))
+    (x, y, before), = steps
+    assert x[:, 0].min() == 1 == y[:, 2].min() and x[:, 1:].max() == -1 == y[:, :2].max()
+    parts = data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "cyclegan")["parts"]
+    assert same(parts["G_XY"], parts["ema_XY"]) and same(parts["G_YX"], parts["ema_YX"]) and not same(parts["G_XY"], parts["G_YX"])
+    for name, weight in zip(("G_XY", "G_YX", "D_X", "D_Y"), before):
+        assert not torch.equal(next(iter(parts[name].values())), weight)
+    assert [len(parts[pool]["images"]) for pool in ("pool_X", "pool_Y")] == [4, 4]
+    G, *_ = cyclegan.build(cycle_options("--up", "transpose", "--blocks", 1)[0], torch.device("cpu"))
+    assert [type(layer).__name__ for layer in G if not isinstance(layer, (nn.ReLU, nn.InstanceNorm2d))] == [
+        "Conv2d", "Conv2d", "ResidualBlock", "ConvTranspose2d", "ConvTranspose2d", "Tanh"]
 
 
 def test_cyclegan_run_resume_and_translation(cats, tmp_path):
