@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import zipfile
 from pathlib import Path
 
@@ -856,7 +857,7 @@ def test_cyclegan_networks():
         assert ours.state_dict().keys() == theirs.state_dict().keys() and parameters(ours) == parameters(theirs)
 
 
-def test_flags_of_the_discriminator_reach_it_in_both_programs():
+def test_flags_of_the_networks_reach_them():
     def built(*flags):
         _, D = dcgan.build(options(*flags), torch.device("cpu"))
         _, _, *both = cyclegan.build(cycle_options(*flags)[0], torch.device("cpu"))
@@ -870,6 +871,9 @@ def test_flags_of_the_discriminator_reach_it_in_both_programs():
     for D in built():
         assert kinds(D) == {"Conv2d", "LeakyReLU"} and D(torch.zeros(1, 3, 32, 32)).shape[2:] == (1, 1)
         assert not any(nn.utils.parametrize.is_parametrized(layer) for layer in D)
+    G, *_ = cyclegan.build(cycle_options("--up", "transpose", "--blocks", 1)[0], torch.device("cpu"))
+    assert [type(layer).__name__ for layer in G if not isinstance(layer, (nn.ReLU, nn.InstanceNorm2d))] == [
+        "Conv2d", "Conv2d", "ResidualBlock", "ConvTranspose2d", "ConvTranspose2d", "Tanh"]
 
 
 class ShiftG(nn.Module):
@@ -912,6 +916,27 @@ def test_cyclegan_diffaug_reaches_both_discriminators_in_both_steps(monkeypatch)
     monkeypatch.setattr(diffaug, "augment", lambda x, policy: seen.append((len(x), policy)) or x)
     test_cyclegan_losses_by_hand(["--diffaug", "cutout"], 0.0, 0.0, 0, 0, 1)
     assert seen == [(4, "cutout"), (4, "cutout"), (2, "cutout"), (2, "cutout")]
+
+
+def test_compile_and_tensorboard_reach_both_programs(cats, tmp_path, monkeypatch):
+    """Stand-ins for both: a compiler that only takes names, a writer that only takes numbers."""
+    compiled, written = [], []
+
+    class SummaryWriter:
+        def __init__(self, path, purge_step):
+            written.append((path, purge_step))
+
+        def add_scalar(self, name, value, iteration):
+            written.append((name, iteration))
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    train("--data", cats, "--iters", 1, "--compile", "--tensorboard", "--out", tmp_path / "a")
+    assert compiled == ["Generator", "Discriminator"] and written[0] == (tmp_path / "a", 1)
+    assert written[1:] == [(name, 1) for name in ("D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)")]
+    train("--data", cats, "--iters", 1, "--loss", "wgan-gp", "--compile", "--out", tmp_path / "b")
+    assert compiled[2:] == ["Generator"]  # no second derivatives through a compiled D
+    cyclegan.train(*cycle_options("--X", cats, "--Y", cats, "--iters", 1, "--compile", "--out", tmp_path / "c"))
+    assert compiled[3:] == ["Generator"] * 2 + ["Discriminator"] * 2 and len(written) == 6
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -965,9 +990,6 @@ def test_cyclegan_loop_hands_each_part_its_own(tmp_path, monkeypatch):
     for name, weight in zip(("G_XY", "G_YX", "D_X", "D_Y"), before):
         assert not torch.equal(next(iter(parts[name].values())), weight)
     assert [len(parts[pool]["images"]) for pool in ("pool_X", "pool_Y")] == [4, 4]
-    G, *_ = cyclegan.build(cycle_options("--up", "transpose", "--blocks", 1)[0], torch.device("cpu"))
-    assert [type(layer).__name__ for layer in G if not isinstance(layer, (nn.ReLU, nn.InstanceNorm2d))] == [
-        "Conv2d", "Conv2d", "ResidualBlock", "ConvTranspose2d", "ConvTranspose2d", "Tanh"]
 
 
 def test_cyclegan_run_resume_and_translation(cats, tmp_path):
