@@ -392,18 +392,20 @@ def save_gif(frames, path, milliseconds):
     next(frames).save(path, save_all=True, append_images=frames, duration=milliseconds, loop=0)
 
 
-def nearest(fakes, images, rank=1):
-    """For each float image [N, 3, S, S] in [-1, 1] the closest of uint8 [M, 3, S, S] -> float [N, 3, S, S], distances [N].
+def nearest(fakes, images):
+    """For each float image [N, 3, S, S] in [-1, 1] the closest of uint8 [M, 3, S, S] -> float [N, 3, S, S], distances [N],
+    and for the first 512 of the M themselves the distance of each to its closest other [min(M, 512)].
 
-    Root mean square difference at 32 x 32 pixels; a training image's mirror image counts as well. rank=2: the closest
-    but one, where the closest is the image itself.
+    Root mean square difference at 32 x 32 pixels; a training image's mirror image counts as well.
     """
     small = torch.cat([F.adaptive_avg_pool2d(chunk.float() / 127.5 - 1, 32) for chunk in images.split(256)])
     both = torch.cat([small, small.flip(3)]).flatten(1)
-    distance, index = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), both).kthvalue(rank, dim=1)
+    distance, index = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), both).min(dim=1)
+    others = torch.cdist(small[:512].flatten(1), both).kthvalue(2, dim=1).values  # the closest is the image itself
     closest = images[index % len(images)].float() / 127.5 - 1
     mirrored = (index >= len(images)).view(-1, 1, 1, 1)
-    return torch.where(mirrored, closest.flip(3), closest), distance / math.sqrt(both.shape[1])
+    scale = math.sqrt(both.shape[1])
+    return torch.where(mirrored, closest.flip(3), closest), distance / scale, others / scale
 
 
 def read_log(path, width):

@@ -325,10 +325,9 @@ def sample(opt, checkpoint):
     data.save_grid(walk[::2], folder / "walk.png")
     data.save_gif(walk, folder / "walk.gif", 60)
     print(f"{folder}: {opt.n} images, grid.png, walk.gif, walk.png")
-    closest, distance = data.nearest(fakes, images)
+    closest, distance, others = data.nearest(fakes, images)
     data.save_grid(torch.cat([fakes, closest], dim=2), folder / "nearest.png")
-    # Copies would be much nearer to a training image than these, not counting themselves, are to each other.
-    _, others = data.nearest(images[:512].float() / 127.5 - 1, images, rank=2)
+    # Copies would be much nearer to a training image than training images are to each other.
     print(f"nearest.png: each sample above the training image that is nearest to it, at a median distance of "
           f"{distance.median():.3f}; training images are {others.median():.3f} from their nearest")
 
