@@ -873,6 +873,11 @@ def test_flags_of_the_networks_reach_them():
     for D in built():
         assert kinds(D) == {"Conv2d", "LeakyReLU"} and D(torch.zeros(1, 3, 32, 32)).shape[2:] == (1, 1)
         assert not any(nn.utils.parametrize.is_parametrized(layer) for layer in D)
+    for flags, layers in ((["--norm", "instance"], {"ConvTranspose2d", "UpConv", "InstanceNorm2d", "ReLU", "Tanh"}),
+                          (["--up", "transpose"], {"ConvTranspose2d", "BatchNorm2d", "ReLU", "Tanh"}),
+                          (["--selu"], {"ConvTranspose2d", "UpConv", "SELU", "Tanh"})):
+        G, D = dcgan.build(options(*flags), torch.device("cpu"))
+        assert kinds(G) == layers and ("SELU" in kinds(D)) == ("--selu" in flags)
     G, *_ = cyclegan.build(cycle_options("--up", "transpose", "--blocks", 1)[0], torch.device("cpu"))
     assert [type(layer).__name__ for layer in G if not isinstance(layer, (nn.ReLU, nn.InstanceNorm2d))] == [
         "Conv2d", "Conv2d", "ResidualBlock", "ConvTranspose2d", "ConvTranspose2d", "Tanh"]
