@@ -256,12 +256,12 @@ def test_step_equals_the_textbook():
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
-def test_two_rates_reach_their_optimizers(cats, tmp_path):
-    opt, checkpoint = dcgan.options([*SMALL, "--data", str(cats), "--iters", "1", "--out", str(tmp_path / "a"), "--g-lr", "1e-5", "--d-lr", "1e-3"])
-    dcgan.train(opt, checkpoint)
+def test_rates_and_average_are_what_was_asked_for(cats, tmp_path):
+    dcgan.train(options("--data", cats, "--iters", 1, "--out", tmp_path / "a", "--g-lr", 1e-5, "--d-lr", 1e-3, "--ema", 0), None)
     saved = data.load_checkpoint(tmp_path / "a" / "ckpt.pt", "dcgan")["parts"]
     rates = {name: saved[name]["param_groups"][0]["lr"] for name in ("opt_G", "opt_D")}
     assert rates == {"opt_G": 1e-5, "opt_D": 1e-3} and saved["opt_G"]["param_groups"][0]["betas"] == (0.5, 0.999)
+    assert torch.equal(saved["ema"]["0.weight"], saved["G"]["0.weight"])
 
 
 def test_average():
@@ -592,6 +592,10 @@ def test_seed_repeats_and_differs(cats, tmp_path):
         train("--data", cats, "--iters", 2, "--seed", seed, "--out", tmp_path / name, "--dtype", "fp32")
     a, b, c = (data.load_checkpoint(tmp_path / name / "ckpt.pt", "dcgan")["parts"] for name in "abc")
     assert same(a, b) and not same(a["G"], c["G"]) and not same(a["batches"], c["batches"])
+    for seed in (5, 6):
+        cyclegan.train(*cycle_options("--X", cats, "--Y", cats, "--iters", 1, "--seed", seed, "--out", tmp_path / str(seed)))
+    a, b = (data.load_checkpoint(tmp_path / seed / "ckpt.pt", "cyclegan")["parts"] for seed in "56")
+    assert not same(a["G_XY"], b["G_XY"]) and not same(a["batches_X"], b["batches_X"])
 
 
 def test_sampling(cats, tmp_path, capsys):
