@@ -281,6 +281,13 @@ def read_pictures(source, side):
         raise BadInput(f"no usable image in {source}: give an image, or a folder or .zip of images")
 
 
+def upload(x, device):
+    """To the device; to a GPU from pinned memory, as a copy from there need not wait for what the GPU has still to do."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 class Batches:
     """Endless random batches of a uint8 tensor [N, 3, L, L], which stays on the device if it fits there.
 
@@ -301,12 +308,9 @@ class Batches:
         batch = self.batch * WORLD
         while len(self.order) < batch:
             epoch = torch.randperm(len(self.images), generator=self.generator)
-            self.order = torch.cat([self.order, epoch.to(self.order.device)])
+            self.order = torch.cat([self.order, upload(epoch, self.order.device)])
         index, self.order = self.order.split([batch, len(self.order) - batch])
-        images = self.images[index[RANK::WORLD]]
-        if images.device.type == "cpu" and self.device.type == "cuda":
-            images = images.pin_memory()  # from there a copy need not wait for the device
-        return images.to(self.device, non_blocking=True)
+        return upload(self.images[index[RANK::WORLD]], self.device)
 
     def state_dict(self):
         return {"order": self.order.cpu().clone(), "generator": self.generator.get_state(), "count": len(self.images)}

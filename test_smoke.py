@@ -257,7 +257,7 @@ def test_step_equals_the_textbook():
 
 
 def test_rates_and_average_are_what_was_asked_for(cats, tmp_path):
-    dcgan.train(options("--data", cats, "--iters", 1, "--out", tmp_path / "a", "--g-lr", 1e-5, "--d-lr", 1e-3, "--ema", 0), None)
+    train("--data", cats, "--iters", 1, "--out", tmp_path / "a", "--g-lr", 1e-5, "--d-lr", 1e-3, "--ema", 0)
     saved = data.load_checkpoint(tmp_path / "a" / "ckpt.pt", "dcgan")["parts"]
     rates = {name: saved[name]["param_groups"][0]["lr"] for name in ("opt_G", "opt_D")}
     assert rates == {"opt_G": 1e-5, "opt_D": 1e-3} and saved["opt_G"]["param_groups"][0]["betas"] == (0.5, 0.999)
@@ -593,7 +593,7 @@ def test_seed_repeats_and_differs(cats, tmp_path):
     a, b, c = (data.load_checkpoint(tmp_path / name / "ckpt.pt", "dcgan")["parts"] for name in "abc")
     assert same(a, b) and not same(a["G"], c["G"]) and not same(a["batches"], c["batches"])
     for seed in (5, 6):
-        cyclegan.train(*cycle_options("--X", cats, "--Y", cats, "--iters", 1, "--seed", seed, "--out", tmp_path / str(seed)))
+        train_cyclegan("--X", cats, "--Y", cats, "--iters", 1, "--seed", seed, "--out", tmp_path / str(seed))
     a, b = (data.load_checkpoint(tmp_path / seed / "ckpt.pt", "cyclegan")["parts"] for seed in "56")
     assert not same(a["G_XY"], b["G_XY"]) and not same(a["batches_X"], b["batches_X"])
 
@@ -846,6 +846,10 @@ def cycle_options(*argv):
     return cyclegan.options([*SMALL[:4], *SMALL[6:], "--identity", "0", *map(str, argv)])
 
 
+def train_cyclegan(*argv):
+    cyclegan.train(*cycle_options(*argv))
+
+
 def test_cyclegan_networks():
     """The paper's sizes at 256 px; blocks with weights of their own; the discriminator of dcgan.py."""
     assert parameters(cyclegan.Generator(256, 64, blocks=9)) == 11_378_179
@@ -946,7 +950,7 @@ def test_compile_and_tensorboard_reach_both_programs(cats, tmp_path, monkeypatch
     assert written[1:] == [(name, 1) for name in ("D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)")]
     train("--data", cats, "--iters", 1, "--loss", "wgan-gp", "--compile", "--out", tmp_path / "b")
     assert compiled[2:] == ["Generator"]  # no second derivatives through a compiled D
-    cyclegan.train(*cycle_options("--X", cats, "--Y", cats, "--iters", 1, "--compile", "--out", tmp_path / "c"))
+    train_cyclegan("--X", cats, "--Y", cats, "--iters", 1, "--compile", "--out", tmp_path / "c")
     assert compiled[3:] == ["Generator"] * 2 + ["Discriminator"] * 2 and len(written) == 6
 
 
@@ -993,7 +997,7 @@ def test_cyclegan_loop_hands_each_part_its_own(tmp_path, monkeypatch):
         assert norms == pytest.approx([1, 1], abs=1e-3)
         return result
     monkeypatch.setattr(cyclegan, "step", spy)
-    cyclegan.train(*cycle_options("--X", tmp_path / "X", "--Y", tmp_path / "Y", "--cycle", "--ema", 0, "--iters", 1, "--out", tmp_path / "run"))
+    train_cyclegan("--X", tmp_path / "X", "--Y", tmp_path / "Y", "--cycle", "--ema", 0, "--iters", 1, "--out", tmp_path / "run")
     (x, y, before), = steps
     assert x[:, 0].min() == 1 == y[:, 2].min() and x[:, 1:].max() == -1 == y[:, :2].max()
     parts = data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "cyclegan")["parts"]
@@ -1008,11 +1012,9 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
     few.mkdir()
     for i in range(3):  # fewer than a batch, and not as many as the other set
         data.draw_cat(1000 + i, "blue", 32).save(few / f"{i}.png")
-    def train(*argv):
-        cyclegan.train(*cycle_options(*argv))
     flags = ["--X", few, "--Y", cats, "--patch", "--cycle", "--deluxe", "--diffaug", "--identity", 1, "--decay", "--g-lr", 3e-4, "--d-lr", 3e-4, "--pool", 6, "--dtype", "fp32",
              "--log-every", 2]
-    train(*flags, "--iters", 6, "--out", tmp_path / "a")
+    train_cyclegan(*flags, "--iters", 6, "--out", tmp_path / "a")
     stopping = cyclegan.average  # SIGINT at the third iteration
     calls = []
     def interrupted(*args):
@@ -1023,7 +1025,7 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
     cyclegan.average = interrupted
     try:
         with pytest.raises(SystemExit) as stopped:
-            train(*flags, "--iters", 6, "--out", tmp_path / "b")
+            train_cyclegan(*flags, "--iters", 6, "--out", tmp_path / "b")
     finally:
         cyclegan.average = stopping
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1098,7 +1100,7 @@ def test_truth_error_of_drawn_cats(tmp_path, monkeypatch):
     assert data.drawn_pairs("toy-blue", "elsewhere", 32) is None
     expected = [np.asarray(data.draw_cat(2015, breed, 32)) / 127.5 - 1 for breed in ("blue", "grumpy")]
     assert all(np.allclose(pair[15].permute(1, 2, 0), cat, atol=1e-6) for pair, cat in zip(pairs, expected))
-    cyclegan.train(*cycle_options("--iters", 1, "--out", tmp_path / "run"))
+    train_cyclegan("--iters", 1, "--out", tmp_path / "run")
     row = next(csv.DictReader(open(tmp_path / "run" / "log.csv")))
     ema = [cyclegan.Generator(32, 4) for _ in "XY"]
     for G, name in zip(ema, ("ema_XY", "ema_YX")):
