@@ -45,7 +45,7 @@ def options(argv=None):
     arg("--critic-iters", type=data.number(1, kind=int), default=None, metavar="N", help="steps of D per step of G (1; wgan, wgan-gp: 5)")
     arg("--smooth", type=data.number(0, 2), nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"), help="draw D's target for reals from here")
     arg("--g-target", type=data.number(-1, 2), default=1.0, metavar="T", help="score that G aims at (lsgan); 0.5: the boundary")
-    arg("--g-lr", type=data.number(1e-9, 1), default=2e-4, metavar="RATE", help="of Adam (%(default)s)")
+    arg("--g-lr", type=data.number(1e-9, 1), default=4e-4, metavar="RATE", help="of Adam (%(default)s)")
     arg("--d-lr", type=data.number(1e-9, 1), default=8e-4, metavar="RATE", help="of Adam (%(default)s)")
     arg("--batch", type=data.number(1, 2**16, kind=int), default=16, help="images per step (%(default)s)")
     arg("--iters", type=data.number(1, kind=int), default=6400, help="steps of G (%(default)s)")
