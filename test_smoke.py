@@ -256,6 +256,20 @@ def test_step_equals_the_textbook():
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("flags", ["--deluxe --diffaug", "--deluxe zoom,jitter,autocontrast --d-norm batch --patch --loss vanilla",
+                                   "--loss wgan", "--loss wgan-gp --spectral-norm", "--up transpose --norm instance --smooth 0.8 0.9"])
+def test_a_step_asks_the_device_for_no_number(flags):
+    """A tensor on "meta" has a shape and no numbers. What a GPU would have to be waited for (.item(), a boolean index) and
+    what would fail there (a tensor left on the CPU) fails here."""
+    opt = options(*flags.split())
+    (G, D), (ema, _) = dcgan.build(opt, "meta"), dcgan.build(opt, "meta")
+    images = torch.empty(4, 3, *[data.load_size(32, opt.deluxe)] * 2, dtype=torch.uint8, device="meta")
+    optimizers = [torch.optim.SGD(net.parameters(), 0.1) for net in (G, D)]
+    losses = dcgan.step(G, D, *optimizers, lambda: data.deluxe(images, 32, opt.deluxe), opt, contextlib.nullcontext)
+    dcgan.average(ema, G, 0.9, 1)
+    assert all(loss.is_meta and loss.ndim == 0 for loss in losses)
+
+
 def test_rates_and_average_are_what_was_asked_for(cats, tmp_path):
     train("--data", cats, "--iters", 1, "--out", tmp_path / "a", "--g-lr", 1e-5, "--d-lr", 1e-3, "--ema", 0)
     saved = data.load_checkpoint(tmp_path / "a" / "ckpt.pt", "dcgan")["parts"]
@@ -978,6 +992,17 @@ def test_pool_keeps_half_and_returns_old_fakes():
     pool.load_state_dict({"images": image(1, 50).half()})  # a checkpoint's: brought to where the fakes are
     pool.swap(image(1, 3))
     assert pool.images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flags", ["--patch --cycle --identity 1", "--diffaug"])
+def test_cyclegan_step_asks_the_device_for_no_number(flags):
+    opt, _ = cycle_options(*flags.split())
+    nets, x = list(cyclegan.build(opt, "meta")), torch.empty(4, 3, 32, 32, device="meta")
+    optimizers = [torch.optim.SGD([p for net in pair for p in net.parameters()], 0.1) for pair in (nets[:2], nets[2:])]
+    pools = cyclegan.Pool(6), cyclegan.Pool(6)
+    for _ in range(3):  # until the pools are full
+        losses = cyclegan.step(*nets, *optimizers, x, x, pools, opt, contextlib.nullcontext)
+    assert all(loss.is_meta and loss.ndim == 0 for loss in losses)
 
 
 def test_cyclegan_loop_hands_each_part_its_own(tmp_path, monkeypatch):
