@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import zipfile
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torchvision.datasets.utils import download_url
 from torchvision.transforms.functional import autocontrast, to_pil_image
 from torchvision.utils import make_grid, save_image
@@ -149,17 +148,12 @@ def drawn_pairs(X, Y, size):
 
 def to_rgb(image):
     """Any Pillow image -> mode RGB: upright, transparency laid on white, more than 8 bits scaled down (not clipped)."""
-    if math.prod(image.size) > 2**26:  # decoded, it would take gigabytes
-        raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535 if image.mode != "F" or grey.max() > 255 else 255 if grey.max() > 1 else 1
         grey = grey * (255 / top)
         image = Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8))
-    if image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -170,12 +164,6 @@ def square(image, size):
     """A Pillow image -> uint8 array [3, size, size]: shorter side resized (antialiased), then centre crop."""
     image.draft("RGB", (2 * size, 2 * size))  # a JPEG can be decoded at 1/2, 1/4 or 1/8: fast for photographs
     return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-
-
-def member(archive, name):
-    if archive.getinfo(name).file_size > 2**27:
-        raise ValueError("more than 128 MB when unpacked")
-    return archive.open(name)
 
 
 def find_images(source):
@@ -189,7 +177,7 @@ def find_images(source):
         if path.exists() and not path.is_file():  # a pipe would keep us waiting
             raise OSError
         archive = zipfile.ZipFile(path)
-        return [(name, lambda name=name: member(archive, name)) for name in sorted(archive.namelist()) if wanted(name)]
+        return [(name, lambda name=name: archive.open(name)) for name in sorted(archive.namelist()) if wanted(name)]
     except Exception:  # what a damaged zip raises depends on where it is damaged
         what = "is neither a folder nor an undamaged .zip" if path.exists() else "does not exist"
     raise BadInput(f"{source} {what}; give a folder of images, a .zip of one, or one of {', '.join(DRAWN)}")
@@ -220,7 +208,7 @@ def load_images(source, size, limit=None):
         names, files = [name for name, _ in found], [file for _, file in found]
 
         def decode(i):
-            with Image.open(files[i]()) as image, big if math.prod(image.size) > 2**23 else contextlib.nullcontext():
+            with Image.open(files[i]()) as image:
                 return square(image, size)
 
     def fill(i):
@@ -229,25 +217,23 @@ def load_images(source, size, limit=None):
         except Exception as error:  # a damaged file can raise anything, and none may stop the others
             return f"{names[i]}: {error}"
 
-    images, big = storage(len(names), size), threading.Lock()  # big pictures one at a time: a whole one takes memory
-    failed, told = [], time.time()
+    images, problems, told = storage(len(names), size), [], time.time()
     with ThreadPoolExecutor() as pool:
-        for i, problem in enumerate(pool.map(fill, range(len(names)))):
-            if problem:
-                failed.append((i, problem))
+        for problem in pool.map(fill, range(len(names))):
+            problems.append(problem)
             if time.time() > told + 2:
-                print(f"reading {source}: {i + 1} of {len(names)}", file=sys.stderr)
+                print(f"reading {source}: {len(problems)} of {len(names)}", file=sys.stderr)
                 told = time.time()
-    for _, problem in failed:
-        print("skipped", *problem.split(), file=sys.stderr)  # in one line, whatever the name
-    if failed:
-        print(f"skipped {len(failed)} of {len(names)} files in {source}: not readable as images", file=sys.stderr)
-        bad = {i for i, _ in failed}
-        for to, i in enumerate(i for i in range(len(names)) if i not in bad):
+    good = [i for i, problem in enumerate(problems) if not problem]
+    if len(good) < len(names):
+        for problem in filter(None, problems):
+            print("skipped", *problem.split(), file=sys.stderr)  # in one line, whatever the name
+        print(f"skipped {len(names) - len(good)} of {len(names)} files in {source}: not readable as images", file=sys.stderr)
+        for to, i in enumerate(good):  # close the gaps where they are: a copy might not fit into memory
             images[to] = images[i]
-    if len(failed) == len(names):
+    if not good:
         raise BadInput(f"no usable image in {source}: looked for .png, .jpg, .webp, .gif and whatever else Pillow reads, in all its subfolders")
-    return images[:len(names) - len(failed)]
+    return images[:len(good)]
 
 
 def read_pictures(source, side):
@@ -545,6 +531,8 @@ def setup(opt):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise BadInput(f"--device {opt.device}: there is no such device here; leave the option out to use {best}") from None
     if device.type == "cuda":
+        if device.index:
+            torch.cuda.set_device(device)  # or another GPU's random state would be saved
         torch.set_float32_matmul_precision("high")  # what is not bf16 may use TF32
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     else:  # other CPUs would only imitate bf16, slowly
@@ -595,10 +583,6 @@ def save_checkpoint(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # the new name, too, has to reach the disk; not every system lets us ask
-            folder = os.open(temporary.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
