@@ -53,7 +53,7 @@ def one_line_errors():
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "to allocate" not in str(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: out of memory; try a smaller --batch, --width or --size", file=sys.stderr)
         sys.exit(2)
@@ -184,10 +184,10 @@ def find_images(source):
 
 
 def storage(count, size, memory=None):
-    """Room for a set: uint8 [count, 3, size, size], in memory, or in a mapped temporary file if over half of it."""
+    """Room for a set: uint8 [count, 3, size, size], in memory, or in a mapped temporary file if over a third of it."""
     memory = memory or (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33)
-    numbers = count * 3 * size * size
-    if numbers <= memory / 2:
+    numbers = count * 3 * size * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of all processes on this machine
+    if numbers <= memory / 3:  # there may be two sets
         return torch.empty(count, 3, size, size, dtype=torch.uint8)
     with tempfile.TemporaryFile(dir=".") as file:  # not in /tmp, which may be memory; gone as soon as nothing maps it
         return torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=(count, 3, size, size)))
@@ -197,7 +197,7 @@ def load_images(source, size, limit=None):
     """A folder (searched recursively), a .zip, or the name of a drawn set -> uint8 tensor [N, 3, size, size].
 
     Files that can't be read are named, counted and skipped. Raises BadInput if nothing usable is found. A result of
-    more than half of the machine's memory is put in a memory-mapped temporary file instead.
+    more than a third of the machine's memory is put in a memory-mapped temporary file instead.
     """
     if source in DRAWN:
         breed, first, count = DRAWN[source]
@@ -259,7 +259,7 @@ def read_pictures(source, side):
         except Exception as error:  # as in load_images
             print("skipped", *f"{name}: {error}".split(), file=sys.stderr)
             continue
-        stem = Path(*[part for part in Path(name).parts if part != ".." and not part.startswith("/")]).with_suffix("")
+        stem = Path(*[part for part in Path(name).parts if Path(part).name == part != ".."]).with_suffix("")
         twice = stems[str(Path(name).with_suffix("")).lower()] > 1
         done = True
         yield f"{stem}{Path(name).suffix if twice else ''}.png", torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -284,7 +284,7 @@ class Batches:
 
     def __init__(self, images, batch, device, seed):
         room = {"cuda": lambda: torch.cuda.mem_get_info(device)[0], "mps": torch.mps.recommended_max_memory}
-        fits = device.type == "cpu" or images.nbytes < room[device.type]() / 2
+        fits = device.type == "cpu" or images.nbytes < room[device.type]() / 3
         self.images, self.batch, self.device = images.to(device) if fits else images, batch, device
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64, device=self.images.device)
@@ -391,7 +391,10 @@ def nearest(fakes, images):
     small = torch.cat([F.adaptive_avg_pool2d(chunk.float() / 127.5 - 1, 32) for chunk in images.split(256)])
     both = torch.cat([small, small.flip(3)]).flatten(1)
     distance, index = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), both).min(dim=1)
-    others = torch.cdist(small[:512].flatten(1), both).kthvalue(2, dim=1).values  # the closest is the image itself
+    others = torch.cdist(small[:512].flatten(1), both)
+    itself = torch.arange(len(others))
+    others[itself, itself] = others[itself, itself + len(images)] = math.inf
+    others = others.amin(dim=1)
     closest = images[index % len(images)].float() / 127.5 - 1
     mirrored = (index >= len(images)).view(-1, 1, 1, 1)
     scale = math.sqrt(both.shape[1])
@@ -504,7 +507,7 @@ class Parser(argparse.ArgumentParser):
             own = checkpoint["options"]
             self.set_defaults(**{k: v for k, v in own.items() if k not in ("out", "device", "resume", apply)})
             opt = self.parse_args(argv)
-            for name in fixed:
+            for name in (*fixed, *["seed"] * bool(opt.resume)):  # the random state is the checkpoint's
                 if getattr(opt, name) != own.get(name):
                     self.error(f"--{name.replace('_', '-')}: {run} was trained with {own.get(name)}, which can't change any more")
         flags = [k if v is True else f"{k}={v}" for k, v in vars(opt).items()
@@ -517,27 +520,26 @@ class Parser(argparse.ArgumentParser):
 def setup(opt):
     """Seed, device and precision -> (device, a function that returns the autocast context for the networks)."""
     torch.manual_seed(opt.seed)
-    if WORLD > 1:
-        dist.init_process_group()  # gloo between CPUs, NCCL between GPUs
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"  # nothing joins several on Apple's
+    if torch.cuda.is_available():
+        best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each process its own
     try:
         assert opt.device.split(":")[0] in ("auto", "cuda", "mps", "cpu")
-        device = torch.device(best if opt.device == "auto" else opt.device)
+        device = torch.device(best if opt.device in ("auto", best.split(":")[0]) else opt.device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise BadInput(f"--device {opt.device}: there is no such device here; leave the option out to use {best}") from None
+        raise BadInput(f"--device {opt.device}: there is no such device here, or not one for each process; cpu always works") from None
     if device.type == "cuda":
-        if device.index:
-            torch.cuda.set_device(device)  # or another GPU's random state would be saved
+        torch.cuda.set_device(device)  # or another GPU's random state would be saved
         torch.set_float32_matmul_precision("high")  # what is not bf16 may use TF32
         native = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
     else:  # other CPUs would only imitate bf16, slowly
         flags = getattr(torch.cpu, "get_capabilities", dict)()
         native = device.type == "cpu" and bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     bf16 = opt.dtype == "bf16" or opt.dtype == "auto" and native
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -562,14 +564,16 @@ def gather(x):
 
 
 def random_state(device):
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-    return {"cpu": torch.get_rng_state(), "device": own}
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
 
 
 def set_random_state(state, device):
     torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and state["device"] is not None:
-        torch.get_device_module(device).set_rng_state(state["device"])
+    if device.type != "cpu" and device.type in state:  # a run may go on elsewhere
+        torch.get_device_module(device).set_rng_state(state[device.type])
 
 
 def save_checkpoint(checkpoint, path):
@@ -677,8 +681,9 @@ class Run:
 
     def stop(self, number, frame):
         self.signal = number
-        self.stopped_by = number if WORLD == 1 else 0  # several processes first have to agree
-        signal.signal(number, signal.SIG_DFL)
+        if WORLD == 1:  # several processes first have to agree, and may be told twice
+            self.stopped_by = number
+            signal.signal(number, signal.SIG_DFL)
 
     def agree(self):
         """Several processes: take the mean of their sums, and stop all if one was told to."""
@@ -729,7 +734,7 @@ class Run:
         if RANK:
             return
         plot(self.path / "log.csv", self.columns, self.path / "losses.png")
-        files = sorted((self.path / "samples").glob("[0-9]*.png"))
+        files = sorted((self.path / "samples").glob("[0-9]*.png"), key=lambda file: (len(file.name), file.name))
         if files and (self.stopped_by or self.iteration == self.opt.iters):
             save_gif(readable(files[::len(files) // 100 + 1]), self.path / "timelapse.gif", 150)
         parts = {name: part.state_dict() for name, part in self.parts.items()}
