@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torchvision.datasets.utils import download_url
 from torchvision.transforms.functional import autocontrast, to_pil_image
 from torchvision.utils import make_grid, save_image
@@ -148,12 +149,17 @@ def drawn_pairs(X, Y, size):
 
 def to_rgb(image):
     """Any Pillow image -> mode RGB: upright, transparency laid on white, more than 8 bits scaled down (not clipped)."""
+    if math.prod(image.size) > 2**26:  # decoded, it would take gigabytes
+        raise ValueError(f"{image.width} x {image.height} pixels are too many")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         top = 65535 if image.mode != "F" or grey.max() > 255 else 255 if grey.max() > 1 else 1
         grey = grey * (255 / top)
         image = Image.fromarray(np.clip(grey, 0, 255).round().astype(np.uint8))
+    if image.mode == "LAB":
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -164,6 +170,12 @@ def square(image, size):
     """A Pillow image -> uint8 array [3, size, size]: shorter side resized (antialiased), then centre crop."""
     image.draft("RGB", (2 * size, 2 * size))  # a JPEG can be decoded at 1/2, 1/4 or 1/8: fast for photographs
     return np.asarray(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+
+
+def member(archive, name):
+    if archive.getinfo(name).file_size > 2**27:
+        raise ValueError("more than 128 MB when unpacked")
+    return archive.open(name)
 
 
 def find_images(source):
@@ -177,7 +189,7 @@ def find_images(source):
         if path.exists() and not path.is_file():  # a pipe would keep us waiting
             raise OSError
         archive = zipfile.ZipFile(path)
-        return [(name, lambda name=name: archive.open(name)) for name in sorted(archive.namelist()) if wanted(name)]
+        return [(name, lambda name=name: member(archive, name)) for name in sorted(archive.namelist()) if wanted(name)]
     except Exception:  # what a damaged zip raises depends on where it is damaged
         what = "is neither a folder nor an undamaged .zip" if path.exists() else "does not exist"
     raise BadInput(f"{source} {what}; give a folder of images, a .zip of one, or one of {', '.join(DRAWN)}")
@@ -208,7 +220,7 @@ def load_images(source, size, limit=None):
         names, files = [name for name, _ in found], [file for _, file in found]
 
         def decode(i):
-            with Image.open(files[i]()) as image:
+            with Image.open(files[i]()) as image, big if math.prod(image.size) > 2**23 else contextlib.nullcontext():
                 return square(image, size)
 
     def fill(i):
@@ -217,7 +229,8 @@ def load_images(source, size, limit=None):
         except Exception as error:  # a damaged file can raise anything, and none may stop the others
             return f"{names[i]}: {error}"
 
-    images, problems, told = storage(len(names), size), [], time.time()
+    images, big = storage(len(names), size), threading.Lock()  # big pictures one at a time: a whole one takes memory
+    problems, told = [], time.time()
     with ThreadPoolExecutor() as pool:
         for problem in pool.map(fill, range(len(names))):
             problems.append(problem)
@@ -507,7 +520,7 @@ class Parser(argparse.ArgumentParser):
             own = checkpoint["options"]
             self.set_defaults(**{k: v for k, v in own.items() if k not in ("out", "device", "resume", apply)})
             opt = self.parse_args(argv)
-            for name in (*fixed, *["seed"] * bool(opt.resume)):  # the random state is the checkpoint's
+            for name in fixed + (("seed",) if opt.resume else ()):  # the random state is the checkpoint's
                 if getattr(opt, name) != own.get(name):
                     self.error(f"--{name.replace('_', '-')}: {run} was trained with {own.get(name)}, which can't change any more")
         flags = [k if v is True else f"{k}={v}" for k, v in vars(opt).items()
@@ -587,6 +600,10 @@ def save_checkpoint(checkpoint, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # the new name, too, has to reach the disk; not every system lets us ask
+            folder = os.open(temporary.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 

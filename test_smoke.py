@@ -414,7 +414,7 @@ def test_every_mode_becomes_rgb(tmp_path):
     sixteen.save(tmp_path / "16.png")
     assert colours(Image.open(tmp_path / "16.png")) == ([128] * 3,) * 2
     assert colours(Image.fromarray(np.full((6, 6), 0.5, np.float32))) == ([128] * 3,) * 2
-    for mode, value in (("1", 1), ("L", 255), ("HSV", (0, 0, 255)), ("YCbCr", (255, 128, 128))):
+    for mode, value in (("1", 1), ("L", 255), ("HSV", (0, 0, 255)), ("YCbCr", (255, 128, 128)), ("LAB", (255, 128, 128))):
         assert min(colours(Image.new(mode, (6, 6), value))[0]) > 245, mode
 
 
@@ -444,10 +444,17 @@ def test_load_images_from_folder_and_zip(tmp_path, capsys):
 
 
 def test_bombs_are_skipped(tmp_path, capsys):
-    """A picture that takes kilobytes on disk and gigabytes in memory."""
+    """A picture that takes kilobytes on disk and gigabytes in memory, and a member of a zip that does."""
     Image.new("1", (30_000, 30_000)).save(tmp_path / "huge.png")
+    Image.new("1", (8200, 8200)).save(tmp_path / "large.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
-    assert len(data.load_images(str(tmp_path), 8)) == 1 and f"skipped {tmp_path}/huge.png" in capsys.readouterr().err
+    assert len(data.load_images(str(tmp_path), 8)) == 1
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "small.png", "small.png")
+        archive.writestr("zeros.webp", bytes(2**27 + 1))
+    assert len(data.load_images(str(tmp_path / "a.zip"), 8)) == 1
+    told = capsys.readouterr().err
+    assert all(f"skipped {name}" in told.replace(f"{tmp_path}/", "") for name in ("huge.png", "large.png", "zeros.webp: more than 128 MB"))
 
 
 def test_storage_maps_a_file_when_memory_is_short():
@@ -717,7 +724,7 @@ def test_checkpoint_survives_a_failed_write(tmp_path, monkeypatch):
     flushed, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: flushed.append(fsync(number)))
     data.save_checkpoint(CHECKPOINT | {"iteration": 7}, tmp_path / "ckpt.pt")
-    assert len(flushed) == 1
+    assert len(flushed) == 2  # the file, then its name in the folder
     monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
         data.save_checkpoint(CHECKPOINT, tmp_path / "ckpt.pt")
