@@ -252,10 +252,10 @@ def step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast):
 
 
 @torch.no_grad()
-def average(ema, G, decay, iteration):
-    """Move the averaged generator towards G. Its memory is short at first, or it would long remember the random start."""
+def average(pairs, decay, iteration):
+    """Move the averaged generators towards the present ones, as in dcgan.py: pairs of tensors (average, now)."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    for mean, now in zip(ema.parameters(), G.parameters()):
+    for mean, now in pairs:
         mean.lerp_(now, 1 - decay)
 
 
@@ -284,6 +284,9 @@ def train(opt, checkpoint):
     batches_X, batches_Y = (data.Batches(part, opt.batch, device, opt.seed + k) for k, part in enumerate(images))
     G_XY, G_YX, D_X, D_Y = build(opt, device)
     ema_XY, ema_YX = copy.deepcopy(G_XY), copy.deepcopy(G_YX)
+    pairs = [*zip(ema_XY.parameters(), G_XY.parameters()), *zip(ema_YX.parameters(), G_YX.parameters())]
+    if opt.compile:
+        data.compile_networks([G_XY, G_YX, D_X, D_Y], device)
     opt_G, opt_D = optimizer([G_XY, G_YX], opt.g_lr), optimizer([D_X, D_Y], opt.d_lr)
     pools = Pool(opt.pool), Pool(opt.pool)
     parts = {"G_XY": G_XY, "G_YX": G_YX, "D_X": D_X, "D_Y": D_Y, "ema_XY": ema_XY, "ema_YX": ema_YX, "opt_G": opt_G,
@@ -295,20 +298,19 @@ def train(opt, checkpoint):
     shown = min(8, *map(len, images))
     fixed_x, fixed_y = (F.interpolate(part[:shown].float() / 127.5 - 1, (opt.size, opt.size), mode="bilinear", antialias=True).to(device)
                         for part in images)
-    if opt.compile:
-        for net in (G_XY, G_YX, D_X, D_Y):
-            net.compile()
     print(f"{run.path}: X {len(images[0])} images of {opt.X}, Y {len(images[1])} of {opt.Y} at {opt.size} px, on {device}, "
           f"each G {sum(p.numel() for p in G_XY.parameters()):,} and D {sum(p.numel() for p in D_X.parameters()):,} parameters"
           + (f"; truth error of the unchanged input {F.l1_loss(*truth):.3f}" if truth else ""))
 
     while run.iteration < opt.iters and not run.stopped_by:
         run.iteration += 1
+        if opt.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs left on the GPU may be written over
         fall = min(1, 2 - 2 * run.iteration / (opt.iters + 1)) if opt.decay else 1
         opt_G.param_groups[0]["lr"], opt_D.param_groups[0]["lr"] = opt.g_lr * fall, opt.d_lr * fall
         x, y = (data.deluxe(batches.next(), opt.size, opt.deluxe) for batches in (batches_X, batches_Y))
         losses = step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast)
-        average(ema_XY, G_XY, opt.ema, run.iteration), average(ema_YX, G_YX, opt.ema, run.iteration)
+        average(pairs, opt.ema, run.iteration)
         run.add(*losses)
         if run.due(opt.log_every):
             with torch.no_grad():

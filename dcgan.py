@@ -235,12 +235,14 @@ def gradient_penalty(D, real, fake):
 
 
 @torch.no_grad()
-def average(ema, G, decay, iteration):
-    """Move the averaged generator towards G. Its memory is short at first, or it would long remember the random start."""
+def average(pairs, decay, iteration):
+    """Move the averaged generator towards G: pairs of tensors (average, now).
+
+    Its memory is short at first, or it would long remember the random start.
+    """
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    for mean, now in zip(ema.state_dict().values(), G.state_dict().values()):  # batch norm's statistics among them
-        if mean.is_floating_point():  # the other one counts batches, and nobody asks it
-            mean.lerp_(now, 1 - decay)
+    for mean, now in pairs:
+        mean.lerp_(now, 1 - decay)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,24 +268,26 @@ def train(opt, checkpoint):
     batches = data.Batches(images, opt.batch, device, opt.seed)
     G, D = build(opt, device)
     ema = copy.deepcopy(G).eval()
+    # What is averaged: the weights and batch norm's statistics, not its count of batches.
+    pairs = [(mean, now) for mean, now in zip(ema.state_dict().values(), G.state_dict().values()) if mean.is_floating_point()]
+    if opt.compile:
+        data.compile_networks([G] if opt.loss == "wgan-gp" else [G, D], device)  # torch.compile has no second derivatives
     opt_G, opt_D = optimizer(G, opt.g_lr, opt.loss), optimizer(D, opt.d_lr, opt.loss)
     parts = {"G": G, "D": D, "ema": ema, "opt_G": opt_G, "opt_D": opt_D, "batches": batches}
     columns = ["D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)"] + ["penalty"] * (opt.loss == "wgan-gp")
     run = data.Run(opt, "dcgan", checkpoint, parts, columns, device)
     opt_G.param_groups[0]["lr"], opt_D.param_groups[0]["lr"] = opt.g_lr, opt.d_lr  # new ones, if given on a resume
     fixed_noise = torch.randn(64, opt.z, 1, 1, generator=torch.Generator().manual_seed(opt.seed)).to(device)
-    if opt.compile:
-        G.compile()
-        if opt.loss != "wgan-gp":  # torch.compile has no second derivatives
-            D.compile()
     print(f"{run.path}: {len(images)} images of {opt.data} at {opt.size} px, on {device}, "
           f"G {sum(p.numel() for p in G.parameters()):,} and D {sum(p.numel() for p in D.parameters()):,} parameters")
 
     while run.iteration < opt.iters and not run.stopped_by:
         run.iteration += 1
+        if opt.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs left on the GPU may be written over
         next_real = lambda: data.deluxe(batches.next(), opt.size, opt.deluxe)
         losses = step(G, D, opt_G, opt_D, next_real, opt, cast)
-        average(ema, G, opt.ema, run.iteration)
+        average(pairs, opt.ema, run.iteration)
         run.add(*losses[:len(columns)])
         if run.due(opt.log_every):
             run.log()  # the one place that waits for the device
