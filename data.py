@@ -503,7 +503,7 @@ class Parser(argparse.ArgumentParser):
         arg("--seed", type=number(0, 2**62, kind=int), default=0, help="the same seed: the same run")
         arg("--device", default="auto", help="cuda, mps, cpu (default: the best that is here)")
         arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
-        arg("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks: a slow start")
+        arg("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks, on a GPU as CUDA graphs; a slow start")
         for what, every in (("log", 50), ("sample", 200), ("save", 400)):
             arg(f"--{what}-every", type=number(1, kind=int), default=every, metavar="N", help="iterations (%(default)s)")
         arg("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for it too (pip install tensorboard)")
