@@ -1003,7 +1003,7 @@ def test_compile_takes_cuda_graphs_on_a_gpu_and_needs_a_compiler(compiled, cats,
         raise RuntimeError("no compiler\nand much more")
     monkeypatch.setattr(torch, "compile", compiler)
     with pytest.raises(data.BadInput, match=r"does not work here \(no compiler\)"):
-        train("--data", cats, "--compile", "--out", tmp_path / "run")
+        train("--data", cats, "--compile", "--iters", 1, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
