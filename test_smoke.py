@@ -1102,20 +1102,23 @@ def test_cyclegan_loop_hands_each_part_its_own(tmp_path, monkeypatch):
     assert [len(parts[pool]["images"]) for pool in ("pool_X", "pool_Y")] == [4, 4]
 
 
-def test_cyclegan_run_resume_and_translation(cats, tmp_path):
+def test_cyclegan_run_resume_and_translation(cats, tmp_path, monkeypatch):
     few = tmp_path / "few"
     few.mkdir()
     for i in range(3):  # fewer than a batch, and not as many as the other set
         data.draw_cat(1000 + i, "blue", 32).save(few / f"{i}.png")
     flags = ["--X", few, "--Y", cats, "--patch", "--cycle", "--deluxe", "--diffaug", "--identity", 1, "--decay", "--g-lr", 3e-4, "--d-lr", 3e-4, "--pool", 6, "--dtype", "fp32",
              "--log-every", 2]
+    saved, save = [], data.save_checkpoint
+    monkeypatch.setattr(data, "save_checkpoint", lambda checkpoint, path: saved.append(checkpoint["iteration"]) or save(checkpoint, path))
     train_cyclegan(*flags, "--iters", 6, "--out", tmp_path / "a")
+    assert saved == [2, 4, 6] and [p.stem for p in sorted((tmp_path / "a" / "samples").iterdir())] == ["000002", "000004", "000006"]
     stopping = cyclegan.average  # SIGINT at the third iteration
     calls = []
     def interrupted(*args):
         calls.append(1)
         stopping(*args)
-        if len(calls) == 6:
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
     cyclegan.average = interrupted
     try:
@@ -1124,7 +1127,7 @@ def test_cyclegan_run_resume_and_translation(cats, tmp_path):
     finally:
         cyclegan.average = stopping
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert stopped.value.code == 130
+    assert stopped.value.code == 130 and saved[3:] == [2, 3]
     cyclegan.train(*cyclegan.options(["--resume", str(tmp_path / "b")]))
     a, b = (data.load_checkpoint(tmp_path / run / "ckpt.pt", "cyclegan") for run in "ab")
     assert all(same(a[key], b[key]) for key in ("iteration", "parts", "sums", "logged", "random"))
