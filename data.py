@@ -503,7 +503,7 @@ class Parser(argparse.ArgumentParser):
         arg("--seed", type=number(0, 2**62, kind=int), default=0, help="the same seed: the same run")
         arg("--device", default="auto", help="cuda, mps, cpu (default: the best that is here)")
         arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it")
-        arg("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks, on a GPU as CUDA graphs; a slow start")
+        arg("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks, on CUDA with CUDA graphs; a slow start")
         for what, every in (("log", 50), ("sample", 200), ("save", 400)):
             arg(f"--{what}-every", type=number(1, kind=int), default=every, metavar="N", help="iterations (%(default)s)")
         arg("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="log for it too (pip install tensorboard)")
@@ -559,16 +559,18 @@ def setup(opt):
 
 
 def compile_networks(nets, device):
-    """torch.compile, in place. A GPU gets CUDA graphs: it is told once per network what to do, not once per operation."""
+    """torch.compile, in place. On CUDA with CUDA graphs: a pass through a network, forward or backward, is launched at once
+    instead of operation by operation. What else a step does stays as it is."""
     try:
         torch.compile(torch.neg)(torch.zeros(9, device=device))
     except RuntimeError as error:
-        raise BadInput(f"--compile does not work here ({str(error).splitlines()[0]}); go on without it") from None
+        reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
+        raise BadInput(f"--compile does not work here ({reason}); go on without it") from None
     graphs = device.type == "cuda"
-    if not graphs:
+    if not graphs and RANK == 0:
         print(f"--compile: no CUDA graphs on {device.type}, where it may be slower than without: compare the images/s", file=sys.stderr)
-    for net in nets:
-        net.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)  # each size of batch has its own
+    for net in nets:  # by net.compile() some versions of torch would compile hardly anything of an nn.Sequential
+        net.forward = torch.compile(net.forward, mode="reduce-overhead" if graphs else "default", dynamic=False)
 
 
 def average_gradients(optimizer):

@@ -973,19 +973,21 @@ def compiled(monkeypatch):
     them in the next step, is done here as well -> [(network, mode)], [the number of results in each step]."""
     nets, left, steps = [], [], []
 
-    def compile_network(net, mode, dynamic):
-        nets.append((type(net).__name__, mode))
-        net.register_forward_hook(lambda net, inputs, output: left.append(output.detach()))
-        for p in net.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: left.append(p.grad))
+    def compile_function(function, mode=None, dynamic=None):
+        if mode:
+            net = function.__self__
+            nets.append((type(net).__name__, mode))
+            net.register_forward_hook(lambda net, inputs, output: left.append(output.detach()))
+            for p in net.parameters():
+                p.register_post_accumulate_grad_hook(lambda p: left.append(p.grad))
+        return function
 
     def begin_step():
         steps.append(len(left))
         for result in left:
             result.fill_(math.nan)
         left.clear()
-    monkeypatch.setattr(nn.Module, "compile", compile_network)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", compile_function)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", begin_step)
     return nets, steps
 
@@ -1018,6 +1020,20 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)"""
     flags = [*SMALL, "--data", cats, "--iters", 1, "--out", tmp_path / "run"]
     result = subprocess.run([sys.executable, "-c", program, *map(str, flags)], cwd=HERE, capture_output=True, text=True, check=True)
     assert int(result.stdout.split()[-1]) < 3000
+
+
+def test_compile_takes_each_network_as_a_whole(monkeypatch):
+    """As one graph that holds every layer: what torch can't compile, it would leave as it is without a word."""
+    graphs, compile_function = [], torch.compile
+    count = lambda graph, inputs: graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes)) or graph.forward
+    monkeypatch.setattr(torch, "compile", lambda function, mode=None, dynamic=None: compile_function(function, backend=count, dynamic=dynamic))
+    G_XY, _, D_X, _ = cyclegan.build(cycle_options("--spectral-norm")[0], "cpu")
+    nets = [*dcgan.build(options(), "cpu"), G_XY, D_X]
+    data.compile_networks(nets, torch.device("cpu"))
+    graphs.clear()
+    for net, x in zip(nets, (torch.ones(2, 8, 1, 1), *[torch.ones(2, 3, 32, 32)] * 3)):
+        net(x)
+    assert len(graphs) == len(nets) and all(ops >= len(net) for ops, net in zip(graphs, nets))
 
 
 @pytest.mark.parametrize("flags", ["--critic-iters 2 --d-norm batch", "--loss wgan-gp", "--spectral-norm --loss wgan"])
