@@ -1,95 +1,94 @@
-"""CycleGAN: blue cats into grumpy cats and back, from unpaired pictures. Zhu et al. 2017 (arXiv:1703.10593).
+"""CycleGAN: blue cats into grumpy cats and back, from unpaired pictures (Zhu et al. 2017).
 
-    python cyclegan.py --patch --cycle                            # drawn cats, nothing to download; look into out/
-    python cyclegan.py --patch --cycle --X FOLDER --Y FOLDER      # your own two sets of pictures
-    python cyclegan.py --resume RUN                               # go on after a stop; with more --iters, after the end
-    python cyclegan.py --translate RUN --input FILE_OR_FOLDER --to Y
+    python cyclegan.py --patch --cycle                        # drawn cats; look into out/
+    python cyclegan.py --patch --cycle --X FOLDER --Y FOLDER  # your own two sets of pictures
+    python cyclegan.py --resume RUN                           # after a stop, or with more --iters
+    python cyclegan.py --translate RUN --input FOLDER --to Y  # pictures of any size, or one
 
-Two games as in dcgan.py, with pictures in the place of noise: G_XY turns pictures of X into pictures that D_Y takes for
-Y, G_YX goes the other way. So far G_XY may answer any blue cat with any grumpy one. The cycle ties the answer to the
-question: from the translation, G_YX must be able to restore the original.
+Two games as in dcgan.py, with pictures for noise. G_XY turns pictures of X into what D_Y takes
+for Y. G_YX goes the other way. So far G_XY may answer any blue cat with any grumpy one. The
+cycle ties the answer to the question: from it, G_YX must restore the original.
 """
 import copy
 import math
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
 import diffaug
-from diffaug import RANK, WORLD
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 
-FIXED = ("size", "width", "blocks", "up", "d_norm", "spectral_norm", "patch", "pool")  # for the life of a run
+# ---- Options ----
+FIXED = "size width blocks up d_norm spectral_norm patch".split()  # once trained
 
 
 def options(argv=None):
-    parser = data.Parser(__doc__)
-    arg = parser.add_argument
-    arg("--X", default="toy-blue", help="folder or .zip of images, or a drawn set: toy-grumpy, toy-blue")
-    arg("--Y", default="toy-grumpy", help="the other set; nothing in it needs a partner in X")
-    parser.add_augmentation()
-    arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels (%(default)s)")
-    arg("--width", type=data.number(1, 2**16, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
-    arg("--blocks", type=data.number(0, 2**16, kind=int), default=None, help="residual blocks of G (default: 3; 9 at 256 px)")
-    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution (%(default)s)")
-    arg("--d-norm", choices=("instance", "none"), default="none", help="normalisation in D (%(default)s)")
-    arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
-    arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
-    arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"), help="cycle consistency (plain: l1)")
-    arg("--lambda-cycle", type=data.number(0), default=2.0, metavar="W", help="its weight (%(default)s)")
-    arg("--identity", type=data.number(0), default=2.0, metavar="W", help="weight of: G_XY shall leave a picture of Y as it is (%(default)s)")
-    arg("--pool", type=data.number(0, kind=int), default=50, help="earlier fakes that are shown to D again (%(default)s)")
-    arg("--g-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE", help="of Adam (%(default)s)")
-    arg("--d-lr", type=data.number(1e-9, 1), default=1e-3, metavar="RATE", help="of Adam (%(default)s)")
-    arg("--decay", action="store_true", help="let the rates fall to 0 over the second half of the run")
-    arg("--batch", type=data.number(1, 2**16, kind=int), default=4, help="images of each set per step (%(default)s)")
-    arg("--iters", type=data.number(1, kind=int), default=10000, help="steps of G (%(default)s)")
-    arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generators; 0: no average (%(default)s)")
-    arg("--translate", metavar="RUN", help="don't train: translate --input with this run's averaged generators")
-    arg("--input", metavar="PATH", help="what --translate translates: an image, or a folder or .zip of images")
-    arg("--to", choices=("X", "Y"), default="Y", help="into which set (%(default)s)")
-    parser.add_run()
-    opt, checkpoint = parser.parse(argv, "cyclegan", FIXED, apply="translate")
-    if opt.blocks is None:
-        opt.blocks = 9 if opt.size == 256 else 3
-    if opt.cycle == "none" and opt.lambda_cycle != parser.get_default("lambda_cycle"):
-        parser.error("--lambda-cycle would have no effect here: it needs --cycle")
-    if opt.spectral_norm and opt.d_norm != "none":
-        parser.error("--d-norm would have no effect here: --spectral-norm stands in its place")
-    if bool(opt.translate) != bool(opt.input):
-        parser.error("--translate RUN and --input FILE_OR_FOLDER go together")
-    return opt, checkpoint
+    """-> the options, and the checkpoint of the run that they name, or None."""
+    parser = data.new_parser(__doc__)
+    arg = parser.add_argument_group("data").add_argument
+    arg("--X", default="toy-blue", help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
+    arg("--Y", default="toy-grumpy", help="the other set: unpaired")
+    data.add_images(arg)
+    arg = parser.add_argument_group("networks").add_argument
+    arg("--width", type=int, default=32, help="channels at full resolution (32); 64: better, slower")
+    arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
+    arg("--up", choices=("resize", "transpose"), default="resize",
+        help="G upsamples and convolves, or has transposed convolutions, which leave a grid (resize)")
+    arg("--d-norm", choices=("instance", "none"), default="none", help="normalisation in D (none)")
+    arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
+    arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
+    arg = parser.add_argument_group("training").add_argument
+    arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
+        help="a translation must lead back to its original (plain: l1)")
+    arg("--lambda-cycle", type=float, default=2.0, help="its weight (2); less: more change")
+    arg("--identity", type=float, default=2.0,
+        help="weight of: G_XY leaves Y as it is, which keeps colours (2)")
+    arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
+    arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
+    arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
+    arg("--decay", action="store_true", help="rates fall to 0 in the second half of the run")
+    arg("--batch", type=int, default=4, help="images of each set per iteration and process (4)")
+    arg("--iters", type=int, default=10000, help="iterations: steps of all networks (10000)")
+    arg("--ema", type=float, default=0.999,
+        help="decay of the averaged generators, which all samples are from; 0: none (0.999)")
+    arg = parser.add_argument_group("the run").add_argument
+    arg("--translate", metavar="RUN", help="don't train: translate with this run's averaged generators")
+    arg("--input", metavar="PATH", help="an image, a folder or .zip of them, or drawn cats")
+    arg("--to", choices=("X", "Y"), default="Y", help="translate into this set (Y)")
+    data.add_run(arg)
+    args, checkpoint = data.parse(parser, argv, "cyclegan", FIXED, "translate")
+    if (args.translate is None) != (args.input is None):
+        parser.error("--translate RUN and --input PATH go together")
+    if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
+        parser.error("--lambda-cycle, --identity and --pool can't be negative")
+    if 0 < args.pool < args.batch:
+        parser.error("--pool needs to be 0, or at least --batch")
+    if args.blocks is None:
+        args.blocks = 9 if args.size == 256 else 3
+    return args, checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-
+# ---- Networks ----
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W] (Odena et al. 2016).
-
-    A transposed 4x4 convolution reaches some output pixels through other weights than their neighbours, and leaves a
-    checkerboard that G has to unlearn. Upsampling first cannot; but it makes the convolution read every input pixel
-    four times over. Of the 3x3 = 9 products per output pixel, many multiply the same pixel, so their weights can be
-    added first. In one dimension, with w = (w0, w1, w2) and pixels ..., a, b, c, ... doubled to ..., a, a, b, b, c, c, ...
-
-        first b:   w0 a + w1 b + w2 b = w0 a + (w1 + w2) b       second b:  (w0 + w1) b + w2 c
-
-    which is a transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0). In two dimensions: a 4x4
-    kernel, 4 products per output pixel instead of 9, the same result but for rounding, and no large intermediate image.
-    """
+    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W]. As in
+    dcgan.py, with weights of equal pixels added first."""
 
     def __init__(self, inputs, outputs, bias=True):
         super().__init__(inputs, outputs, 3, bias=bias)
-        self.register_buffer("fold", torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]), persistent=False)
 
     def forward(self, x):
-        kernel = torch.einsum("ia,jb,kcab->ckij", self.fold, self.fold, self.weight)  # [C, K, 4, 4]
+        w = F.pad(self.weight.transpose(0, 1).flip(2, 3), [1, 1, 1, 1])  # [C, K, 5, 5]
+        kernel = w[..., 1:, 1:] + w[..., 1:, :-1] + w[..., :-1, 1:] + w[..., :-1, :-1]  # [C, K, 4, 4]
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
@@ -98,14 +97,14 @@ def norm_layer(norm, channels):
 
 
 def init_weights(net):
-    """N(0, 0.02) for every convolution (Radford et al.)."""
+    """N(0, 0.02) for every convolution (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, 0, 0.02)
+            nn.init.normal_(module.weight, std=0.02)
 
 
 class ResidualBlock(nn.Module):
-    """[B, C, H, W] -> the same: x + f(x). Reflection, because a border of zeros would show."""
+    """[B, C, H, W] -> the same: x + f(x). Padded by reflection, as a border of zeros would show."""
 
     def __init__(self, channels):
         super().__init__()
@@ -118,237 +117,317 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Sequential):
-    """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H and W multiples of 4.
+    """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H, W multiples of 4.
 
-    In the comments size = 64, width = 32. At 256 px it is the paper's network (with width 64), which has a 7x7 layer at
-    both ends. But the paper normalises every hidden layer. A norm right behind the first convolution makes a brighter
-    image equal to a darker one, and one before the last fixes the mean of each channel that the colours are mixed from.
-    So the layers next to the image, with `width` channels, go without.
+    In the comments size 64, width 32. At 256 px and width 64 it is the paper's, with a 7x7 layer at both ends
+    but no norm next to the image: there it would make a bright image equal to a dark one.
     """
 
     def __init__(self, size=64, width=32, blocks=3, up="resize"):
-        full = size == 256
-        channels = [width, 2 * width, 4 * width] if full else [3, width, 2 * width]
-        norm = lambda channels: [nn.InstanceNorm2d(channels)] if channels > width else []
-        layers = []
-        if full:
-            layers += [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU()]  # [B, width, 256, 256]
-        for inputs, outputs in zip(channels, channels[1:]):  # [B, 32, 32, 32], [B, 64, 16, 16]
-            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), *norm(outputs), nn.ReLU()]
-        layers += [ResidualBlock(channels[2]) for _ in range(blocks)]  # [B, 64, 16, 16]
-        for inputs, outputs in zip(channels[:0:-1], channels[1::-1]):  # [B, 32, 32, 32], [B, 3, 64, 64]
-            double = UpConv(inputs, outputs) if up == "resize" else nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
-            layers += [double] if inputs == width else [double, *norm(outputs), nn.ReLU()]
-        if full:
-            layers += [nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
-        super().__init__(*layers, nn.Tanh())
+        def double(inputs, outputs):
+            if up == "resize":
+                return UpConv(inputs, outputs)
+            return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
+
+        large = size == 256
+        norm = "instance" if large else "none"  # of the layers with b channels
+        a, b, c = (width, 2 * width, 4 * width) if large else (3, width, 2 * width)
+        first = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU()]  # [B, width, 256, 256]
+        last = [nn.ReLU(), nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
+        super().__init__(
+            *(first if large else []),
+            nn.Conv2d(a, b, 3, stride=2, padding=1), *norm_layer(norm, b), nn.ReLU(),  # [B, 32, 32, 32]
+            nn.Conv2d(b, c, 3, stride=2, padding=1), nn.InstanceNorm2d(c), nn.ReLU(),  # [B, 64, 16, 16]
+            *(ResidualBlock(c) for _ in range(blocks)),
+            double(c, b), *norm_layer(norm, b), nn.ReLU(),  # [B, 32, 32, 32]
+            double(b, a),  # [B, 3, 64, 64]
+            *(last if large else []), nn.Tanh())
         init_weights(self)
 
 
 class Discriminator(nn.Sequential):
-    """Images [B, 3, size, size] in [-1, 1] -> scores without limits: [B, 1, 1, 1], or one per patch [B, 1, h, w].
+    """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
 
-    With patch=True it is a PatchGAN (Isola et al. 2017): fewer layers, so that a score has seen 70 x 70 pixels, at
-    64 px 34 x 34. Spectral normalisation (Miyato et al. 2018) divides each layer's weights by their largest singular
-    value: D's slope stays bounded, and with it the gradient that G gets, even when D is far ahead.
+    patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34.
     """
 
     def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False):
         norm = "none" if spectral else norm
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
-        strides = [2] * halvings + [1] * patch
         layers, inputs = [], 3
-        for i, stride in enumerate(strides):  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
-            channels = width * 2 ** i
+        for i in range(halvings + 1 if patch else halvings):  # a PatchGAN has one more, of stride 1
+            channels, stride = width * 2 ** i, 2 if i < halvings else 1
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1)]
-            layers += [*(norm_layer(norm, channels) if i else []), nn.LeakyReLU(0.2)]
-            inputs = channels
-        layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # one score: no norm, no activation
+            layers += norm_layer(norm if i > 0 else "none", channels)
+            layers += [nn.LeakyReLU(0.2)]
+            inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
+        layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
         if spectral:
             for layer in self:
                 if isinstance(layer, nn.Conv2d):
-                    spectral_norm(layer)
+                    nn.utils.parametrizations.spectral_norm(layer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
+def build(args, device):
+    Gs = [Generator(args.size, args.width, args.blocks, args.up) for _ in "XY"]
+    Ds = [Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch) for _ in "XY"]
+    return [net.to(device, memory_format=torch.channels_last) for net in Gs + Ds]
+
 
 class Pool:
-    """Up to `size` earlier fakes. Half of D's fakes come from here, so that D does not forget what G did (Shrivastava et al. 2017)."""
+    """Up to `size` earlier fakes: half of those that D sees, lest it forget (Shrivastava et al. 2017)."""
 
     def __init__(self, size):
         self.size, self.images = size, torch.empty(0)
 
     def swap(self, fakes):
-        """Fakes [B, C, H, W] -> the same number. Once the pool is full, each is with probability 1/2 kept, and an earlier one returned."""
-        fakes = data.gather(fakes)  # several processes share one pool
-        self.images = self.images.to(fakes)  # a checkpoint is read into host memory
+        """Fakes [B, C, H, W] -> as many. A full pool swaps each for an earlier one with probability 1/2."""
+        self.images = self.images.to(fakes)  # a checkpoint is read on the CPU
         missing = self.size - len(self.images)
         if missing > 0:
             self.images = torch.cat([self.images, fakes[:missing]])
         if missing > 0 or self.size == 0:
-            return fakes[RANK::WORLD]
-        new, rest = fakes[:self.size], fakes[self.size:]
-        slots = torch.rand(self.size, device=fakes.device).argsort()[:len(new)]  # different ones, drawn on the device
-        old, keep = self.images[slots], torch.rand(len(new), 1, 1, 1, device=new.device) < 0.5
-        self.images[slots] = torch.where(keep, new, old)
-        return torch.cat([torch.where(keep, old, new), rest])[RANK::WORLD]
+            return fakes
+        slots = torch.rand(self.size, device=fakes.device).argsort()[:len(fakes)]  # different ones
+        old, keep = self.images[slots], torch.rand(len(fakes), 1, 1, 1, device=fakes.device) < 0.5
+        self.images[slots] = torch.where(keep, fakes, old)
+        return torch.where(keep, old, fakes)
 
     def state_dict(self):
         return {"images": self.images}
 
     def load_state_dict(self, state):
-        self.images = state["images"]
+        self.images = state["images"][:self.size]
 
 
-def step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast):
-    """Train both D once and both G once. x, y: float [B, 3, size, size] in [-1, 1].
+# ---- One step ----
+def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
+    """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1].
 
-    Returns 0-d tensors: the losses of D_X, D_Y, G_XY, G_YX, the cycle of X and of Y (before their weight), the identity
-    (likewise), and mean D_X(real), D_X(fake), D_Y(real), D_Y(fake).
+    Returns a tensor of COLUMNS, not yet weighted.
     """
-    # Instance norm treats every image alone, so what goes through the same network can go through it together:
-    # with the identity loss, G_XY gets x to translate and y to leave alone.
-    with cast():
-        same = opt.identity > 0
-        from_x = G_XY(torch.cat([x, y]) if same else x).float()
-        from_y = G_YX(torch.cat([y, x]) if same else y).float()
-    fake_y, fake_x = from_x[:len(x)], from_y[:len(y)]
+    with autocast:
+        if args.identity:  # G_XY translates x and leaves y alone, at once: no norm sees both
+            fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
+            fake_x, same_x = G_YX(torch.cat([y, x])).float().chunk(2)
+        else:
+            fake_y, fake_x = G_XY(x).float(), G_YX(y).float()
 
-    # Train D. detach: nothing here may reach G's weights.
-    D_X.requires_grad_(True), D_Y.requires_grad_(True)
-    losses_d, scores = [], []
+    # Train D. detach: D's loss must not reach G.
+    losses_D, scores = [], []
     for D, real, fake, pool in ((D_X, x, fake_x, pools[0]), (D_Y, y, fake_y, pools[1])):
-        images = diffaug.augment(torch.cat([real, pool.swap(fake.detach())]), opt.diffaug)
-        with cast():
-            score_real, score_fake = D(images).chunk(2)
-        score_real, score_fake = score_real.float(), score_fake.float()
-        losses_d += [((score_real - 1) ** 2).mean() + (score_fake ** 2).mean()]
+        D.requires_grad_(True)
+        seen = diffaug.augment(torch.cat([real, pool.swap(fake.detach())]), args.diffaug)
+        with autocast:
+            score_real, score_fake = D(seen).float().chunk(2)
+        losses_D.append(((score_real - 1) ** 2).mean() + (score_fake ** 2).mean())
         scores += [score_real.mean(), score_fake.mean()]
-    opt_D.zero_grad()
-    sum(losses_d).backward()
-    data.average_gradients(opt_D)  # of several processes
-    for D in (D_X, D_Y):  # see dcgan.py
-        nn.utils.clip_grad_norm_(D.parameters(), 1)
-    opt_D.step()
+    (losses_D[0] + losses_D[1]).backward()
+    for D in (D_X, D_Y):
+        average_gradients(D)
+        nn.utils.clip_grad_norm_(D.parameters(), 1)  # see dcgan.py
+        D.requires_grad_(False)
+    optim_D.step()
+    optim_D.zero_grad()
 
     # Train G, through D that stand still.
-    D_X.requires_grad_(False), D_Y.requires_grad_(False)
-    distance = F.mse_loss if opt.cycle == "l2" else F.l1_loss
-    zero = torch.zeros((), device=x.device)
-    with cast():
-        score_x, score_y = D_X(diffaug.augment(fake_x, opt.diffaug)), D_Y(diffaug.augment(fake_y, opt.diffaug))
-        back = (G_YX(fake_y).float(), G_XY(fake_x).float()) if opt.cycle != "none" else (x, y)
-    loss_xy, loss_yx = ((score_y.float() - 1) ** 2).mean(), ((score_x.float() - 1) ** 2).mean()
-    cycle_x, cycle_y = distance(back[0], x), distance(back[1], y)
-    identity = F.l1_loss(from_x[len(x):], y) + F.l1_loss(from_y[len(y):], x) if same else zero
-    opt_G.zero_grad()
-    (loss_xy + loss_yx + opt.lambda_cycle * (cycle_x + cycle_y) + opt.identity * identity).backward()
-    data.average_gradients(opt_G)
-    opt_G.step()
-    return *losses_d, loss_xy, loss_yx, cycle_x, cycle_y, identity, *scores
+    with autocast:
+        score_x = D_X(diffaug.augment(fake_x, args.diffaug)).float()
+        score_y = D_Y(diffaug.augment(fake_y, args.diffaug)).float()
+    loss_XY, loss_YX = ((score_y - 1) ** 2).mean(), ((score_x - 1) ** 2).mean()
+    cycle_x = cycle_y = identity = torch.zeros_like(loss_XY)
+    if args.cycle != "none":
+        distance = F.mse_loss if args.cycle == "l2" else F.l1_loss
+        with autocast:
+            back_x, back_y = G_YX(fake_y).float(), G_XY(fake_x).float()
+        cycle_x, cycle_y = distance(back_x, x), distance(back_y, y)
+    if args.identity:
+        identity = F.l1_loss(same_y, y) + F.l1_loss(same_x, x)
+    (loss_XY + loss_YX + args.lambda_cycle * (cycle_x + cycle_y) + args.identity * identity).backward()
+    average_gradients(G_XY)
+    average_gradients(G_YX)
+    optim_G.step()
+    optim_G.zero_grad()
+    return torch.stack([*losses_D, loss_XY, loss_YX, cycle_x, cycle_y, identity, *scores]).detach()
+
+
+def average_gradients(net):
+    """Over all processes, so that they take the same step."""
+    if WORLD > 1:
+        for weight in net.parameters():
+            dist.all_reduce(weight.grad)
+            weight.grad /= WORLD
 
 
 @torch.no_grad()
-def average(pairs, decay, iteration):
-    """Move the averaged generators towards the present ones, as in dcgan.py: pairs of tensors (average, now)."""
+def average(ema, G, decay, iteration):
+    """Move the averaged generator towards G, at first fast, to forget the random start."""
     decay = min(decay, (1 + iteration) / (10 + iteration))
-    for mean, now in pairs:
+    for mean, now in zip(ema.parameters(), G.parameters()):
         mean.lerp_(now, 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-COLUMNS = ["D_X_loss", "D_Y_loss", "G_XY_loss", "G_YX_loss", "cycle_X", "cycle_Y", "identity",
-           "D_X(real)", "D_X(fake)", "D_Y(real)", "D_Y(fake)"]
+# ---- The loop ----
+COLUMNS = ["D_X", "D_Y", "G_XY", "G_YX", "cycle_X", "cycle_Y", "identity",
+           "D_X(real)", "D_X(fake)", "D_Y(real)", "D_Y(fake)"]  # of the log, and truth_error
 
 
-def build(opt, device):
-    Gs = [Generator(opt.size, opt.width, opt.blocks, opt.up) for _ in "XY"]
-    Ds = [Discriminator(opt.size, opt.width, opt.d_norm, opt.spectral_norm, opt.patch) for _ in "XY"]
-    return (net.to(device, memory_format=torch.channels_last) for net in Gs + Ds)
+def setup(args):
+    """-> the device, and the networks' precision: a context."""
+    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if args.device not in ("auto", "cpu", found):
+        raise data.BadInput(f"--device {args.device}: torch finds only {found}")
+    device = torch.device(found if args.device == "auto" else args.device)
+    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # native, not imitated
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # each process its own
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    if WORLD > 1:
+        dist.init_process_group()
+    bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def optimizer(nets, rate):
-    return torch.optim.Adam([p for net in nets for p in net.parameters()], rate, betas=(0.5, 0.999), fused=True)
+    weights = [weight for net in nets for weight in net.parameters()]
+    return torch.optim.Adam(weights, rate, betas=(0.5, 0.999), fused=True)
 
 
-def train(opt, checkpoint):
-    if checkpoint and checkpoint["iteration"] >= opt.iters:
-        return print(f"{opt.resume} is finished, at iteration {checkpoint['iteration']}: to go on, give more --iters")
-    device, cast = data.setup(opt)
-    images = [data.load_images(source, data.load_size(opt.size, opt.deluxe)) for source in (opt.X, opt.Y)]
-    batches_X, batches_Y = (data.Batches(part, opt.batch, device, opt.seed + k) for k, part in enumerate(images))
-    G_XY, G_YX, D_X, D_Y = build(opt, device)
+def train(args, checkpoint):
+    if checkpoint and checkpoint["iteration"] >= args.iters:
+        return print(f"{args.resume} has its {args.iters} iterations; to go on, give more --iters")
+    device, autocast = setup(args)
+    sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
+    if device.type != "cuda" or sets[0].nbytes + sets[1].nbytes < torch.cuda.mem_get_info()[0] / 3:
+        sets = [images.to(device) for images in sets]  # larger sets stay on the CPU
+    truth = None  # of drawn cats: the same ones in both breeds, in neither set
+    if {args.X, args.Y} == set(data.DRAWN):
+        truth = [torch.cat([cat for _, cat in read_pictures(name, args.size)]).to(device)
+                 for name in (args.X, args.Y)]
+
+    torch.manual_seed(args.seed)
+    G_XY, G_YX, D_X, D_Y = nets = build(args, device)
     ema_XY, ema_YX = copy.deepcopy(G_XY), copy.deepcopy(G_YX)
-    pairs = [*zip(ema_XY.parameters(), G_XY.parameters()), *zip(ema_YX.parameters(), G_YX.parameters())]
-    if opt.compile:
-        data.compile_networks([G_XY, G_YX, D_X, D_Y], device)
-    opt_G, opt_D = optimizer([G_XY, G_YX], opt.g_lr), optimizer([D_X, D_Y], opt.d_lr)
-    pools = Pool(opt.pool), Pool(opt.pool)
-    parts = {"G_XY": G_XY, "G_YX": G_YX, "D_X": D_X, "D_Y": D_Y, "ema_XY": ema_XY, "ema_YX": ema_YX, "opt_G": opt_G,
-             "opt_D": opt_D, "batches_X": batches_X, "batches_Y": batches_Y, "pool_X": pools[0], "pool_Y": pools[1]}
-    truth = data.drawn_pairs(opt.X, opt.Y, opt.size)  # drawn cats have a known right answer
-    if truth:
-        truth = [part.to(device) for part in truth]
-    run = data.Run(opt, "cyclegan", checkpoint, parts, COLUMNS, device, measured=["truth_error"] if truth else [])
-    shown = min(8, *map(len, images))
-    fixed_x, fixed_y = (F.interpolate(part[:shown].float() / 127.5 - 1, (opt.size, opt.size), mode="bilinear", antialias=True).to(device)
-                        for part in images)
-    print(f"{run.path}: X {len(images[0])} images of {opt.X}, Y {len(images[1])} of {opt.Y} at {opt.size} px, on {device}, "
-          f"each G {sum(p.numel() for p in G_XY.parameters()):,} and D {sum(p.numel() for p in D_X.parameters()):,} parameters"
-          + (f"; truth error of the unchanged input {F.l1_loss(*truth):.3f}" if truth else ""))
+    if args.compile:
+        for net in nets:
+            net.forward = torch.compile(net.forward)
+    optim_G, optim_D = optimizer([G_XY, G_YX], args.g_lr), optimizer([D_X, D_Y], args.d_lr)
+    pools = Pool(args.pool), Pool(args.pool)
+    parts = {"G_XY": G_XY, "G_YX": G_YX, "D_X": D_X, "D_Y": D_Y, "ema_XY": ema_XY, "ema_YX": ema_YX,
+             "optim_G": optim_G, "optim_D": optim_D, "pool_X": pools[0], "pool_Y": pools[1]}
+    iteration, rows, sums = 0, [], torch.zeros(len(COLUMNS) + 2, device=device)
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        iteration, rows, sums = checkpoint["iteration"], checkpoint["rows"], checkpoint["sums"].to(device)
+        sums[-1] = 0  # a stop that was asked for then
+    folder = Path(args.resume or "")
+    if not args.resume:
+        folder = data.new_folder(args.out, f"out/{args.name}", "samples")
+    print(f"{folder}: {len(sets[0])} images of {args.X} and {len(sets[1])} of {args.Y} at {args.size} px, "
+          f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
+    fixed = [data.load_images(source, args.size, limit=8) for source in (args.X, args.Y)]
+    few = min(map(len, fixed))
+    fixed_x, fixed_y = [images[:few].to(device) / 127.5 - 1 for images in fixed]
 
-    while run.iteration < opt.iters and not run.stopped_by:
-        run.iteration += 1
-        if opt.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs left on the GPU may be written over
-        fall = min(1, 2 - 2 * run.iteration / (opt.iters + 1)) if opt.decay else 1
-        opt_G.param_groups[0]["lr"], opt_D.param_groups[0]["lr"] = opt.g_lr * fall, opt.d_lr * fall
-        x, y = (data.deluxe(batches.next(), opt.size, opt.deluxe) for batches in (batches_X, batches_Y))
-        losses = step(G_XY, G_YX, D_X, D_Y, opt_G, opt_D, x, y, pools, opt, cast)
-        average(pairs, opt.ema, run.iteration)
-        run.add(*losses)
-        if run.due(opt.log_every):
+    signals, stop, clock = [], False, (iteration, time.perf_counter())
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
+        signal.signal(number, lambda number, frame: signals.append(number))
+    while iteration < args.iters and not stop:
+        iteration += 1
+        # Its randomness follows from its number: a resumed run has none to restore.
+        torch.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
+        decay = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
+        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * decay, args.d_lr * decay
+        k = (iteration - 1) * WORLD + RANK
+        x, y = [data.deluxe(data.batch(images, args.batch, k, args.seed + i, device), args.size, args.deluxe)
+                for i, images in enumerate(sets)]
+        losses = step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast)
+        average(ema_XY, G_XY, args.ema, iteration)
+        average(ema_YX, G_YX, args.ema, iteration)
+
+        # Since the last row of the log: losses, iterations, and whether any process was told to stop.
+        sums += F.pad(F.pad(losses, (0, 1), value=1), (0, 1), value=len(signals))
+        last, stop = iteration == args.iters, bool(signals) and WORLD == 1
+        if iteration % args.log_every == 0 or last:
+            if WORLD > 1:
+                dist.all_reduce(sums)
+            data.check_finite([sums], iteration, folder)
+            *means, count, told = sums.tolist()  # the one place that waits for the device
+            means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
+            error = 0.0
+            if truth:
+                with torch.no_grad():
+                    error = F.l1_loss(ema_XY(truth[0]), truth[1]) + F.l1_loss(ema_YX(truth[1]), truth[0])
+            means.append(float(f"{error / 2:.5g}"))
+            seconds = (time.perf_counter() - clock[1]) / (iteration - clock[0])  # per iteration
+            rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
+            shown = [f"{name} {mean:.3f}" for name, mean in zip(COLUMNS[:6], means)]
+            print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
+                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ")
+            sums.zero_()
+            clock = iteration, time.perf_counter()
+        if RANK == 0 and (iteration % args.sample_every == 0 or last):
             with torch.no_grad():
-                run.log(*([(F.l1_loss(ema_XY(truth[0]), truth[1]) + F.l1_loss(ema_YX(truth[1]), truth[0])) / 2] if truth else []))
-        if run.due(opt.sample_every):
-            with torch.no_grad():
-                rows = [fixed_x, ema_XY(fixed_x), ema_YX(ema_XY(fixed_x)), fixed_y, ema_YX(fixed_y), ema_XY(ema_YX(fixed_y))]
-            data.save_grid(torch.cat(rows), run.path / "samples" / f"{run.iteration:06d}.png", columns=shown)
-        if run.due(opt.save_every):
-            run.save()
-    run.finish()
+                y, x = ema_XY(fixed_x), ema_YX(fixed_y)
+                images = torch.cat([fixed_x, y, ema_YX(y), fixed_y, x, ema_XY(x)])
+            data.save_grid(images, folder / "samples" / f"{iteration:06d}.png", columns=few)
+        if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
+            weights = [weight for net in nets for weight in net.state_dict().values()]
+            data.check_finite([sums, *weights], iteration, folder)
+            data.save_views(COLUMNS + ["truth_error"], rows, folder, timelapse=last or stop)
+            data.save_checkpoint({
+                "program": "cyclegan", "iteration": iteration, "rows": rows, "sums": sums,
+                "options": vars(args) | {"out": None, "resume": None, "device": "auto"},
+                **{name: part.state_dict() for name, part in parts.items()}}, folder / "ckpt.pt")
+    print("stopped" if stop else "finished", f"at iteration {iteration}: {folder}")
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if stop:
+        print(f"go on with: python cyclegan.py --resume {folder}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Translating
+# ---- Translating ----
+def read_pictures(source, side):
+    """Yield (name for the result, float [1, 3, H, W] in [-1, 1]) for each image of a source; for a drawn set,
+    of its held-out cats. The shorter side becomes `side` pixels."""
+    def resize(image):
+        image, scale = data.to_rgb(image), side / min(image.size)
+        return image.resize([round(scale * n) for n in image.size])
+
+    taken = set()
+    for name, image in data.read(source, data.find_images(source, held_out=True), resize):
+        name = Path(name).stem
+        while name.lower() in taken:  # in another folder or format
+            name += "-2"
+        taken.add(name.lower())
+        yield f"{name}.png", pil_to_tensor(image)[None] / 127.5 - 1
+
 
 @torch.no_grad()
-def translate(opt, checkpoint):
-    """Write one PNG per input into RUN/translated_to_X or _Y, under its own name and at its own proportions."""
-    device, _ = data.setup(opt)
-    G, _, _, _ = build(opt, device)
-    with data.restoring():
-        G.load_state_dict(checkpoint["parts"]["ema_XY" if opt.to == "Y" else "ema_YX"])
+def translate(args, checkpoint):
+    """Write a PNG per input to RUN/translated_to_X or _Y: under its own name, at its own proportions."""
+    device, _ = setup(args)
+    G = build(args, device)[0]
+    G.load_state_dict(checkpoint["ema_XY" if args.to == "Y" else "ema_YX"])
     folder = None
-    for name, image in data.read_pictures(opt.input, opt.size):
-        folder = folder or data.new_folder(opt.out, Path(opt.translate) / f"translated_to_{opt.to}", "")
+    for name, image in read_pictures(args.input, args.size):
+        folder = folder or data.new_folder(args.out, Path(args.translate) / f"translated_to_{args.to}", "")
         height, width = image.shape[2:]
-        padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves the sides twice
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        data.save_grid(G(padded.to(device))[:, :, :height, :width].cpu(), target)
+        padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
+        data.save_grid(G(padded.to(device))[:, :, :height, :width], folder / name)
     print(folder)
 
 
 if __name__ == "__main__":
     with data.one_line_errors():
-        opt, checkpoint = options()
-        if opt.translate:
-            translate(opt, checkpoint)
+        args, checkpoint = options()
+        if args.translate:
+            translate(args, checkpoint)
         else:
-            train(opt, checkpoint)
+            train(args, checkpoint)

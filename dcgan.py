@@ -1,100 +1,112 @@
-"""DCGAN: cats from noise. Radford et al. 2016 (arXiv:1511.06434), least-squares loss of Mao et al. 2017 (arXiv:1611.04076).
+"""DCGAN: cats from noise (Radford et al. 2016), with the loss of LSGAN (Mao et al. 2017).
 
-    python dcgan.py --deluxe --diffaug                    # drawn cats, nothing to download; look into out/ after a minute
-    python dcgan.py --deluxe --diffaug --data FOLDER      # your own pictures: any folder, or a .zip of one
-    python dcgan.py --resume RUN                          # go on after a stop; with more --iters, after the end
-    python dcgan.py --sample RUN --n 64                   # images, a latent walk, nearest training images
+    python dcgan.py --deluxe --diffaug                # drawn cats, no download; look into out/
+    python dcgan.py --deluxe --diffaug --data FOLDER  # your own pictures
+    python dcgan.py --resume RUN                      # go on after a stop, or with more --iters
+    python dcgan.py --sample RUN --n 64               # images, latent walk, nearest training images
 
-Two networks play against each other. The generator G turns noise z into an image. The discriminator D scores images,
-and learns to give real ones 1 and G's fakes 0. G learns to make fakes that D scores 1. Nobody ever tells G what a cat is.
+Two networks play against each other. The generator G turns noise z into an image. The
+discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
+scores 1. Nobody ever tells G what a cat is.
 """
+import argparse
 import copy
 import math
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.parametrizations import spectral_norm
+from torchvision.transforms.functional import to_pil_image
 
 import data
 import diffaug
-from diffaug import RANK, WORLD
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 
-FIXED = ("size", "width", "z", "up", "norm", "d_norm", "spectral_norm", "patch", "selu", "loss")  # for the life of a run
+# ---- Options ----
+FIXED = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()  # once trained
 
 
 def options(argv=None):
-    parser = data.Parser(__doc__)
-    arg = parser.add_argument
-    arg("--data", default="toy-grumpy", help="folder or .zip of images, or a drawn set: toy-grumpy, toy-blue")
-    parser.add_augmentation()
-    arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="side of the images, in pixels (%(default)s)")
-    arg("--width", type=data.number(1, 2**16, kind=int), default=32, help="channels of the layers at the highest resolution (%(default)s)")
-    arg("--z", type=data.number(2, 2**16, kind=int), default=100, help="numbers of noise that an image is made from (%(default)s)")
-    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the resolution (%(default)s)")
-    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="normalisation in G (%(default)s)")
-    arg("--d-norm", choices=("batch", "instance", "none"), default=None, help="normalisation in D (none; wgan: batch)")
-    arg("--spectral-norm", action="store_true", help="on every layer of D, in place of --d-norm")
-    arg("--patch", action="store_true", help="D scores overlapping patches instead of the image")
-    arg("--selu", action="store_true", help="SELU instead of normalisation and ReLU, in both networks")
-    arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(%(default)s)")
-    arg("--critic-iters", type=data.number(1, kind=int), default=None, metavar="N", help="steps of D per step of G (1; wgan, wgan-gp: 5)")
-    arg("--smooth", type=data.number(0, 2), nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"), help="draw D's target for reals from here")
-    arg("--g-target", type=data.number(-1, 2), default=1.0, metavar="T", help="score that G aims at (lsgan); 0.5: the boundary")
-    arg("--g-lr", type=data.number(1e-9, 1), default=4e-4, metavar="RATE", help="of Adam (%(default)s)")
-    arg("--d-lr", type=data.number(1e-9, 1), default=8e-4, metavar="RATE", help="of Adam (%(default)s)")
-    arg("--batch", type=data.number(1, 2**16, kind=int), default=16, help="images per step (%(default)s)")
-    arg("--iters", type=data.number(1, kind=int), default=6400, help="steps of G (%(default)s)")
-    arg("--ema", type=data.number(0, 0.999999), default=0.999, help="memory of the averaged generator; 0: no average (%(default)s)")
+    """-> the options, and the checkpoint of the run that they name, or None."""
+    parser = data.new_parser(__doc__)
+    arg = parser.add_argument_group("data").add_argument
+    arg("--data", default="toy-grumpy", help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
+    data.add_images(arg)
+    arg = parser.add_argument_group("networks").add_argument
+    arg("--width", type=int, default=32, help="channels at full resolution (32); 64: better, slower")
+    arg("--z", type=int, default=100, help="length of the noise z (100)")
+    arg("--up", choices=("resize", "transpose"), default="resize",
+        help="G upsamples and convolves, or has transposed convolutions, which leave a grid (resize)")
+    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="normalisation in G (batch)")
+    arg("--d-norm", choices=("batch", "instance", "none"), help="normalisation in D (none; wgan: batch)")
+    arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
+    arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
+    arg("--selu", action="store_true", help="SELU in place of normalisation and ReLU, in both networks")
+    arg("--minibatch-std", action=argparse.BooleanOptionalAction, default=True,
+        help="show D how much a batch varies, against fakes that look alike (on)")
+    arg = parser.add_argument_group("training").add_argument
+    arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(lsgan)")
+    arg("--critic-iters", type=int, help="train G at every such iteration (1; both wgan: 5)")
+    arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
+        help="draw D's target for real images from U(LO, HI): 0.8 0.9 if D is too sure (1 1)")
+    arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
+    arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
+    arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
+    arg("--batch", type=int, default=16, help="images per iteration and process (16)")
+    arg("--iters", type=int, default=6400, help="iterations: steps of D (6400)")
+    arg("--ema", type=float, default=0.999,
+        help="decay of the averaged generator, which all samples are from; 0: none (0.999)")
+    arg = parser.add_argument_group("the run").add_argument
     arg("--sample", metavar="RUN", help="don't train: draw from this run's averaged generator")
-    arg("--n", type=data.number(1, 2**16, kind=int), default=64, help="how many images --sample draws")
-    parser.add_run()
-    opt, checkpoint = parser.parse(argv, "dcgan", FIXED, apply="sample")
-    if opt.smooth[0] > opt.smooth[1]:
-        parser.error(f"--smooth {opt.smooth[0]:g} {opt.smooth[1]:g}: the lower limit comes first")
-    for name, without_effect, why in (("smooth", opt.loss.startswith("wgan"), "a critic has no targets"),
-                                      ("g_target", opt.loss != "lsgan", "only lsgan has one"),
-                                      ("norm", opt.selu, "SELU stands in its place"),
-                                      ("d_norm", opt.selu or opt.spectral_norm, "it stands in its place")):
-        if without_effect and getattr(opt, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} would have no effect here: {why}")
-    if opt.d_norm is None:  # weights clipped at 0.01 would let every signal fade
-        opt.d_norm = "batch" if opt.loss == "wgan" and not opt.spectral_norm and not opt.selu else "none"
-    if opt.loss == "wgan-gp" and opt.d_norm == "batch":
-        parser.error("--d-norm batch: the gradient penalty is each image's own, so wgan-gp can't have batch statistics in D")
-    if opt.critic_iters is None:
-        opt.critic_iters = 5 if opt.loss.startswith("wgan") else 1
-    return opt, checkpoint
+    arg("--n", type=int, default=64, help="how many images --sample draws (64)")
+    data.add_run(arg)
+    args, checkpoint = data.parse(parser, argv, "dcgan", FIXED, "sample")
+    if args.critic_iters is None:
+        args.critic_iters = 5 if args.loss.startswith("wgan") else 1
+    if args.d_norm is None:  # through weights clipped at 0.01 every signal would fade
+        args.d_norm = "batch" if args.loss == "wgan" else "none"
+    if min(args.z, args.n, args.critic_iters) < 1:
+        parser.error("--z, --n and --critic-iters need at least 1")
+    if not (0 <= args.smooth[0] <= args.smooth[1] <= 2 and -1 <= args.g_target <= 2):
+        parser.error("--smooth needs 0 <= LO <= HI <= 2, --g-target a number from -1 to 2")
+    if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.compile):
+        parser.error("wgan-gp needs each image's second derivatives: no --d-norm batch, no --compile")
+    return args, checkpoint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-
+# ---- Networks ----
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W] (Odena et al. 2016).
+    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W].
 
-    A transposed 4x4 convolution reaches some output pixels through other weights than their neighbours, and leaves a
-    checkerboard that G has to unlearn. Upsampling first cannot; but it makes the convolution read every input pixel
-    four times over. Of the 3x3 = 9 products per output pixel, many multiply the same pixel, so their weights can be
-    added first. In one dimension, with w = (w0, w1, w2) and pixels ..., a, b, c, ... doubled to ..., a, a, b, b, c, c, ...
-
-        first b:   w0 a + w1 b + w2 b = w0 a + (w1 + w2) b       second b:  (w0 + w1) b + w2 c
-
-    which is a transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0). In two dimensions: a 4x4
-    kernel, 4 products per output pixel instead of 9, the same result but for rounding, and no large intermediate image.
+    A transposed 4x4 convolution reaches neighbouring pixels through different weights: it starts with a
+    checkerboard (Odena et al. 2016). This does not. Weights that meet equal pixels are added first: with
+    a b c doubled to a a b b c c, the first b becomes w0 a + (w1 + w2) b, the second (w0 + w1) b + w2 c. That
+    is a transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0).
     """
 
     def __init__(self, inputs, outputs, bias=True):
         super().__init__(inputs, outputs, 3, bias=bias)
-        self.register_buffer("fold", torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]), persistent=False)
 
     def forward(self, x):
-        kernel = torch.einsum("ia,jb,kcab->ckij", self.fold, self.fold, self.weight)  # [C, K, 4, 4]
+        w = F.pad(self.weight.transpose(0, 1).flip(2, 3), [1, 1, 1, 1])  # [C, K, 5, 5]
+        kernel = w[..., 1:, 1:] + w[..., 1:, :-1] + w[..., :-1, 1:] + w[..., :-1, :-1]  # [C, K, 4, 4]
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+class MinibatchStd(nn.Module):
+    """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
+    (Karras et al. 2018). When G makes too few kinds of images, D sees it here."""
+
+    def forward(self, x):
+        deviation = x.float().var(dim=0, correction=0).add(1e-8).sqrt().mean().to(x.dtype)
+        return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
 
 
 def norm_layer(norm, channels):
@@ -102,244 +114,311 @@ def norm_layer(norm, channels):
 
 
 def init_weights(net):
-    """N(0, 0.02) for every convolution (Radford et al.)."""
+    """N(0, 0.02) for every convolution (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, 0, 0.02)
+            nn.init.normal_(module.weight, std=0.02)
 
 
 class Generator(nn.Sequential):
-    """Noise [B, z, 1, 1], N(0, 1) -> images [B, 3, size, size] in [-1, 1]. In the comments size = 64, width = 32."""
+    """Noise [B, z, 1, 1] -> images [B, 3, size, size] in [-1, 1]. In the comments size 64, width 32."""
 
     def __init__(self, size=64, width=32, z=100, up="resize", norm="batch", selu=False):
-        norm, activation = ("none", nn.SELU) if selu else (norm, nn.ReLU)
-        doublings = int(math.log2(size)) - 2
-        channels = width * 2 ** (doublings - 1)
+        norm = "none" if selu else norm
         bias = norm == "none"  # a norm subtracts the mean, and a constant with it
-        layers = [nn.ConvTranspose2d(z, channels, 4, bias=bias), *norm_layer(norm, channels), activation()]  # [B, 256, 4, 4]
-        for i in range(doublings):
-            last = i == doublings - 1
-            inputs, channels = channels, 3 if last else channels // 2
+        widths = [width * 2 ** i for i in reversed(range(int(math.log2(size)) - 2))]  # 256, 128, 64, 32
+        layers = [nn.ConvTranspose2d(z, widths[0], 4, bias=bias)]  # [B, 256, 4, 4]
+        for inputs, outputs in zip(widths, [*widths[1:], 3]):  # [B, 128, 8, 8], ..., [B, 3, 64, 64]
+            last = outputs == 3
+            layers += [*norm_layer(norm, inputs), nn.SELU() if selu else nn.ReLU()]
             if up == "resize":
-                layers += [UpConv(inputs, channels, bias=bias or last)]
+                layers += [UpConv(inputs, outputs, bias or last)]
             else:
-                layers += [nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1, bias=bias or last)]
-            # [B, 128, 8, 8], [B, 64, 16, 16], [B, 32, 32, 32], [B, 3, 64, 64]
-            layers += [nn.Tanh()] if last else [*norm_layer(norm, channels), activation()]
-        super().__init__(*layers)
+                layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=bias or last)]
+        super().__init__(*layers, nn.Tanh())
         init_weights(self)
 
 
 class Discriminator(nn.Sequential):
-    """Images [B, 3, size, size] in [-1, 1] -> scores without limits: [B, 1, 1, 1], or one per patch [B, 1, h, w].
+    """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
 
-    With patch=True it is a PatchGAN (Isola et al. 2017): fewer layers, so that a score has seen 70 x 70 pixels, at
-    64 px 34 x 34. Spectral normalisation (Miyato et al. 2018) divides each layer's weights by their largest singular
-    value: D's slope stays bounded, and with it the gradient that G gets, even when D is far ahead. With DiffAugment D is
-    hardly ever far ahead, and a D without any normalisation is as good and a quarter faster: the default.
+    patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34. Spectral
+    normalisation (Miyato et al. 2018) bounds D's slope: it divides weights by their largest singular value.
     """
 
-    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False):
+    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False,
+                 minibatch_std=True):
         norm = "none" if spectral or selu else norm
-        activation = nn.SELU if selu else lambda: nn.LeakyReLU(0.2)
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
-        strides = [2] * halvings + [1] * patch
         layers, inputs = [], 3
-        for i, stride in enumerate(strides):  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
-            channels = width * 2 ** i
+        for i in range(halvings + 1 if patch else halvings):  # a PatchGAN has one more, of stride 1
+            channels, stride = width * 2 ** i, 2 if i < halvings else 1
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=i == 0 or norm != "batch")]
-            layers += [*(norm_layer(norm, channels) if i else []), activation()]
-            inputs = channels
-        layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # one score: no norm, no activation
+            layers += norm_layer(norm if i > 0 else "none", channels)
+            layers += [nn.SELU() if selu else nn.LeakyReLU(0.2)]
+            inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
+        if minibatch_std:
+            layers += [MinibatchStd()]
+            inputs += 1
+        layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
         if spectral:
             for layer in self:
                 if isinstance(layer, nn.Conv2d):
-                    spectral_norm(layer)
+                    nn.utils.parametrizations.spectral_norm(layer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
-
-def step(G, D, opt_G, opt_D, next_real, opt, cast):
-    """Train D once (or --critic-iters times) and G once. next_real() -> float [B, 3, size, size] in [-1, 1].
-
-    Returns 0-d tensors: D's loss on reals and on fakes, G's loss, mean D(real) and D(fake), gradient penalty.
-    """
-    for k in range(opt.critic_iters):
-        real = next_real()
-        noise = torch.randn(WORLD * len(real), opt.z, 1, 1, device=real.device)[RANK::WORLD]
-        # The last fakes serve G's step too, so only they need a graph through G: one generator forward a step.
-        with torch.set_grad_enabled(k == opt.critic_iters - 1), cast():
-            fake = G(noise)
-        fake = fake.float()  # losses and augmentation stay in float32
-
-        # Train D. detach: nothing here may reach G's weights.
-        D.requires_grad_(True)
-        images = diffaug.augment(torch.cat([real, fake.detach()]), opt.diffaug)
-        with cast():
-            if any(isinstance(layer, nn.BatchNorm2d) for layer in D.modules()):  # its statistics must not mix real and fake
-                score_real, score_fake = D(images[:len(real)]), D(images[len(real):])
-            else:
-                score_real, score_fake = D(images).chunk(2)
-        score_real, score_fake = score_real.float(), score_fake.float()
-        target = diffaug.uniform(real, *opt.smooth)  # only reals: one-sided (Salimans et al. 2016)
-        penalty = torch.zeros((), device=real.device)
-        if opt.loss == "lsgan":
-            loss_real, loss_fake = ((score_real - target) ** 2).mean(), (score_fake ** 2).mean()
-        elif opt.loss == "vanilla":  # Goodfellow et al. 2014: -t log D(x) - (1 - t) log(1 - D(x)), D a sigmoid
-            loss_real = (F.softplus(score_real) - target * score_real).mean()
-            loss_fake = F.softplus(score_fake).mean()
-        else:  # the critic's estimate of the Wasserstein distance (Arjovsky et al. 2017)
-            loss_real, loss_fake = -score_real.mean(), score_fake.mean()
-        if opt.loss == "wgan-gp":
-            penalty = gradient_penalty(D, *images.chunk(2))
-        opt_D.zero_grad()
-        (loss_real + loss_fake + 10 * penalty).backward()
-        data.average_gradients(opt_D)  # of several processes
-        # Nothing bounds D's scores, and the gradient of a squared loss grows with them: one odd batch makes a large step,
-        # the next scores are worse, and within ten steps D is lost. A norm of 1 ends that. Adam does not mind the scale.
-        nn.utils.clip_grad_norm_(D.parameters(), 1)
-        opt_D.step()
-        if opt.loss == "wgan":
-            with torch.no_grad():
-                for weight in D.parameters():
-                    weight.clamp_(-0.01, 0.01)
-
-    # Train G, through a D that stands still.
-    D.requires_grad_(False)
-    with cast():
-        score = D(diffaug.augment(fake, opt.diffaug))
-    score = score.float()
-    if opt.loss == "lsgan":
-        loss_g = ((score - opt.g_target) ** 2).mean()
-    elif opt.loss == "vanilla":
-        loss_g = F.softplus(-score).mean()  # -log D(G(z)): steeper than log(1 - D(G(z))) where D is sure
-    else:
-        loss_g = -score.mean()
-    opt_G.zero_grad()
-    loss_g.backward()
-    data.average_gradients(opt_G)
-    opt_G.step()
-    if opt.loss == "vanilla":
-        score_real, score_fake = score_real.sigmoid(), score_fake.sigmoid()
-    return loss_real, loss_fake, loss_g, score_real.mean(), score_fake.mean(), penalty
-
-
-def gradient_penalty(D, real, fake):
-    """Mean (|gradient of D| - 1)^2 at random points between real and fake (Gulrajani et al. 2017), in float32."""
-    between = torch.lerp(real, fake, diffaug.uniform(real, 0, 1)).requires_grad_()
-    gradient, = torch.autograd.grad(D(between).sum(), between, create_graph=True)
-    return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
-
-
-@torch.no_grad()
-def average(pairs, decay, iteration):
-    """Move the averaged generator towards G: pairs of tensors (average, now).
-
-    Its memory is short at first, or it would long remember the random start.
-    """
-    decay = min(decay, (1 + iteration) / (10 + iteration))
-    for mean, now in pairs:
-        mean.lerp_(now, 1 - decay)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-
-def build(opt, device):
-    G = Generator(opt.size, opt.width, opt.z, opt.up, opt.norm, opt.selu)
-    D = Discriminator(opt.size, opt.width, opt.d_norm, opt.spectral_norm, opt.patch, opt.selu)
+def build(args, device):
+    G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
+    D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
+                      args.minibatch_std)
     return G.to(device), D.to(device)
 
 
+# ---- Losses ----
+def d_losses(real, fake, args):
+    """D's scores of real and of fake images -> its loss on each."""
+    target = diffaug.uniform(real, *args.smooth)  # one-sided (Salimans et al. 2016)
+    if args.loss == "lsgan":  # Mao et al. 2017, equation 9
+        return ((real - target) ** 2).mean(), (fake ** 2).mean()
+    if args.loss == "vanilla":  # Goodfellow et al. 2014: -t log D(x) - (1 - t) log(1 - D(x)), D a sigmoid
+        return (F.softplus(real) - target * real).mean(), F.softplus(fake).mean()
+    return -real.mean(), fake.mean()  # Arjovsky et al. 2017
+
+
+def g_loss(fake, args):
+    """D's scores of G's images -> G's loss."""
+    if args.loss == "lsgan":
+        return ((fake - args.g_target) ** 2).mean()
+    if args.loss == "vanilla":  # -log D(G(z)): steeper than log(1 - D(G(z))) where D is sure
+        return F.softplus(-fake).mean()
+    return -fake.mean()
+
+
+def gradient_penalty(D, real, fake):
+    """Mean (|gradient of D| - 1)^2 at random points between real and fake (Gulrajani et al. 2017)."""
+    between = torch.lerp(real, fake, diffaug.uniform(real, 0, 1)).requires_grad_()
+    score = D(between).mean(dim=(1, 2, 3))  # of an image: its patches' mean
+    gradient, = torch.autograd.grad(score.sum(), between, create_graph=True)
+    return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+
+# ---- One step ----
+def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
+    """Train D, and G if train_G. real: float [B, 3, size, size] in [-1, 1].
+
+    Returns a tensor of COLUMNS. With the vanilla loss, scores are probabilities.
+    """
+    z = torch.randn(len(real), args.z, 1, 1, device=real.device)
+    with autocast, torch.set_grad_enabled(train_G):
+        fake = G(z)  # it serves D's step and G's
+    fake = fake.float()  # losses and augmentation are computed in float32
+
+    # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may see both.
+    D.requires_grad_(True)
+    seen_real, seen_fake = diffaug.augment(real, args.diffaug), diffaug.augment(fake.detach(), args.diffaug)
+    with autocast:
+        score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
+    loss_real, loss_fake = d_losses(score_real, score_fake, args)
+    penalty = torch.zeros_like(loss_real)
+    if args.loss == "wgan-gp":
+        penalty = gradient_penalty(D, seen_real, seen_fake)
+    (loss_real + loss_fake + 10 * penalty).backward()
+    average_gradients(D)
+    # Nothing bounds D's scores, and a squared loss's gradient grows with them. One odd batch makes a large
+    # step, the next scores are worse, and in ten steps D is lost. A gradient of norm 1 ends that.
+    nn.utils.clip_grad_norm_(D.parameters(), 1)
+    optim_D.step()
+    optim_D.zero_grad()
+    if args.loss == "wgan":
+        for weight in D.parameters():
+            weight.data.clamp_(-0.01, 0.01)
+
+    # Train G, through a D that stands still.
+    loss_G = g_loss(score_fake, args)  # for the log where G rests
+    if train_G:
+        D.requires_grad_(False)
+        with autocast:
+            score = D(diffaug.augment(fake, args.diffaug)).float()
+        loss_G = g_loss(score, args)
+        loss_G.backward()
+        average_gradients(G)
+        optim_G.step()
+        optim_G.zero_grad()
+
+    if args.loss == "vanilla":
+        score_real, score_fake = score_real.sigmoid(), score_fake.sigmoid()
+    return torch.stack([loss_real, loss_fake, loss_G, score_real.mean(), score_fake.mean(), penalty]).detach()
+
+
+def average_gradients(net):
+    """Over all processes, so that they take the same step."""
+    if WORLD > 1:
+        for weight in net.parameters():
+            dist.all_reduce(weight.grad)
+            weight.grad /= WORLD
+
+
+@torch.no_grad()
+def average(ema, G, decay, iteration):
+    """Move the averaged generator towards G, at first fast, to forget the random start."""
+    decay = min(decay, (1 + iteration) / (10 + iteration))
+    for mean, now in zip(ema.state_dict().values(), G.state_dict().values()):
+        if mean.is_floating_point():  # weights, and the statistics of batch norm
+            mean.lerp_(now, 1 - decay)
+
+
+# ---- The loop ----
+COLUMNS = ["D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)", "penalty"]  # of the log
+
+
+def setup(args):
+    """-> the device, and the networks' precision: a context."""
+    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    if args.device not in ("auto", "cpu", found):
+        raise data.BadInput(f"--device {args.device}: torch finds only {found}")
+    device = torch.device(found if args.device == "auto" else args.device)
+    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # native, not imitated
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # each process its own
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+        bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    if WORLD > 1:
+        dist.init_process_group()
+    bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def optimizer(net, rate, loss):
-    if loss == "wgan":  # momentum harms a critic whose weights keep hitting the clip
+    if loss == "wgan":  # momentum harms a D with clipped weights (Arjovsky et al. 2017)
         return torch.optim.RMSprop(net.parameters(), rate)
     return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
 
-def train(opt, checkpoint):
-    if checkpoint and checkpoint["iteration"] >= opt.iters:
-        return print(f"{opt.resume} is finished, at iteration {checkpoint['iteration']}: to go on, give more --iters")
-    device, cast = data.setup(opt)
-    images = data.load_images(opt.data, data.load_size(opt.size, opt.deluxe))
-    batches = data.Batches(images, opt.batch, device, opt.seed)
-    G, D = build(opt, device)
+def train(args, checkpoint):
+    if checkpoint and checkpoint["iteration"] >= args.iters:
+        return print(f"{args.resume} has its {args.iters} iterations; to go on, give more --iters")
+    device, autocast = setup(args)
+    images = data.load_images(args.data, data.load_size(args.size, args.deluxe))
+    if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
+        images = images.to(device)  # a larger set stays on the CPU
+
+    torch.manual_seed(args.seed)
+    G, D = build(args, device)
     ema = copy.deepcopy(G).eval()
-    # What is averaged: the weights and batch norm's statistics, not its count of batches.
-    pairs = [(mean, now) for mean, now in zip(ema.state_dict().values(), G.state_dict().values()) if mean.is_floating_point()]
-    if opt.compile:
-        data.compile_networks([G] if opt.loss == "wgan-gp" else [G, D], device)  # torch.compile has no second derivatives
-    opt_G, opt_D = optimizer(G, opt.g_lr, opt.loss), optimizer(D, opt.d_lr, opt.loss)
-    parts = {"G": G, "D": D, "ema": ema, "opt_G": opt_G, "opt_D": opt_D, "batches": batches}
-    columns = ["D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)"] + ["penalty"] * (opt.loss == "wgan-gp")
-    run = data.Run(opt, "dcgan", checkpoint, parts, columns, device)
-    opt_G.param_groups[0]["lr"], opt_D.param_groups[0]["lr"] = opt.g_lr, opt.d_lr  # new ones, if given on a resume
-    fixed_noise = torch.randn(64, opt.z, 1, 1, generator=torch.Generator().manual_seed(opt.seed)).to(device)
-    print(f"{run.path}: {len(images)} images of {opt.data} at {opt.size} px, on {device}, "
-          f"G {sum(p.numel() for p in G.parameters()):,} and D {sum(p.numel() for p in D.parameters()):,} parameters")
+    if args.compile:
+        G.forward, D.forward = torch.compile(G.forward), torch.compile(D.forward)
+    optim_G, optim_D = optimizer(G, args.g_lr, args.loss), optimizer(D, args.d_lr, args.loss)
+    parts = {"G": G, "D": D, "ema": ema, "optim_G": optim_G, "optim_D": optim_D}
+    iteration, rows, sums = 0, [], torch.zeros(len(COLUMNS) + 2, device=device)
+    if checkpoint:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr
+        iteration, rows, sums = checkpoint["iteration"], checkpoint["rows"], checkpoint["sums"].to(device)
+        sums[-1] = 0  # a stop that was asked for then
+    folder = Path(args.resume or "")
+    if not args.resume:
+        folder = data.new_folder(args.out, f"out/{args.name}", "samples")
+    print(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
+          f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
+    fixed_z = torch.randn(64, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed)).to(device)
 
-    while run.iteration < opt.iters and not run.stopped_by:
-        run.iteration += 1
-        if opt.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs left on the GPU may be written over
-        next_real = lambda: data.deluxe(batches.next(), opt.size, opt.deluxe)
-        losses = step(G, D, opt_G, opt_D, next_real, opt, cast)
-        average(pairs, opt.ema, run.iteration)
-        run.add(*losses[:len(columns)])
-        if run.due(opt.log_every):
-            run.log()  # the one place that waits for the device
-        if run.due(opt.sample_every):
+    signals, stop, clock = [], False, (iteration, time.perf_counter())
+    for number in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
+        signal.signal(number, lambda number, frame: signals.append(number))
+    while iteration < args.iters and not stop:
+        iteration += 1
+        # Its randomness follows from its number: a resumed run has none to restore.
+        torch.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
+        batch = data.batch(images, args.batch, (iteration - 1) * WORLD + RANK, args.seed, device)
+        real = data.deluxe(batch, args.size, args.deluxe)
+        losses = step(G, D, optim_G, optim_D, real, iteration % args.critic_iters == 0, args, autocast)
+        average(ema, G, args.ema, iteration)
+
+        # Since the last row of the log: losses, iterations, and whether any process was told to stop.
+        sums += F.pad(F.pad(losses, (0, 1), value=1), (0, 1), value=len(signals))
+        last, stop = iteration == args.iters, bool(signals) and WORLD == 1
+        if iteration % args.log_every == 0 or last:
+            if WORLD > 1:
+                dist.all_reduce(sums)
+            data.check_finite([sums], iteration, folder)
+            *means, count, told = sums.tolist()  # the one place that waits for the device
+            means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
+            seconds = (time.perf_counter() - clock[1]) / (iteration - clock[0])  # per iteration
+            rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
+            shown = [f"{name.replace('_loss', '')} {mean:.3f}" for name, mean in zip(COLUMNS[:5], means)]
+            print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
+                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ")
+            sums.zero_()
+            clock = iteration, time.perf_counter()
+        if RANK == 0 and (iteration % args.sample_every == 0 or last):
             with torch.no_grad():
-                data.save_grid(ema(fixed_noise), run.path / "samples" / f"{run.iteration:06d}.png")
-        if run.due(opt.save_every):
-            run.save()
-    run.finish()
+                data.save_grid(ema(fixed_z), folder / "samples" / f"{iteration:06d}.png")
+        if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
+            data.check_finite([sums, *G.state_dict().values(), *D.state_dict().values()], iteration, folder)
+            data.save_views(COLUMNS, rows, folder, timelapse=last or stop)
+            data.save_checkpoint({
+                "program": "dcgan", "iteration": iteration, "rows": rows, "sums": sums,
+                "options": vars(args) | {"out": None, "resume": None, "device": "auto"},
+                **{name: part.state_dict() for name, part in parts.items()}}, folder / "ckpt.pt")
+    print("stopped" if stop else "finished", f"at iteration {iteration}: {folder}")
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if stop:
+        print(f"go on with: python dcgan.py --resume {folder}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
+# ---- Sampling ----
 def slerp(a, b, t):
-    """Between two noises along the sphere: on the straight line the norm would drop to what G has never seen."""
+    """From a to b along the sphere: on the straight line, noise is shorter than G knows it."""
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
-@torch.no_grad()
-def sample(opt, checkpoint):
-    """Write RUN/generated/: grid.png, images/, walk.gif, walk.png (a row per leg), nearest.png."""
-    device, _ = data.setup(opt)
-    G, _ = build(opt, device)
-    with data.restoring():
-        G.load_state_dict(checkpoint["parts"]["ema"])
-    G.eval()
-    noise = torch.randn(opt.n + 6, opt.z, 1, 1, generator=torch.Generator().manual_seed(opt.seed)).to(device)
-    fakes = torch.cat([G(z).cpu() for z in noise[:opt.n].split(64)])
-    ends = noise[opt.n:]
-    walk = torch.cat([G(torch.stack([slerp(a, b, t / 16) for t in range(16)])).cpu() for a, b in zip(ends, ends.roll(-1, 0))])
+def nearest(fakes, images):
+    """For float fakes [N, 3, S, S] the closest of the uint8 images [M, 3, S, S] and their mirror images, at
+    32 x 32 pixels: float [N, 3, S, S]."""
+    images = torch.cat([images, images.flip(3)])
+    small = torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, 32).flatten(1) for part in images.split(256)])
+    distances = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), small)
+    return images[distances.argmin(dim=1)] / 127.5 - 1
 
-    images = data.load_images(opt.data, opt.size)
-    folder = data.new_folder(opt.out, Path(opt.sample) / "generated", "images")
+
+@torch.no_grad()
+def sample(args, checkpoint):
+    """Write RUN/generated/: grid.png, images/, walk.gif, walk.png (a row per leg), nearest.png."""
+    device, _ = setup(args)
+    G = build(args, device)[0].eval()
+    G.load_state_dict(checkpoint["ema"])
+    z = torch.randn(args.n + 6, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed))
+    z, ends = z[:args.n], z[args.n:]
+    walk = [slerp(a, b, t / 16) for a, b in zip(ends, ends.roll(-1, 0)) for t in range(16)]
+    images = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, torch.stack(walk)]).split(64)])
+    fakes, walk = images[:args.n], images[args.n:]
+
+    folder = data.new_folder(args.out, Path(args.sample) / "generated", "images")
     for i, image in enumerate(fakes):
         data.save_grid(image[None], folder / "images" / f"{i:05d}.png")
     data.save_grid(fakes, folder / "grid.png")
     data.save_grid(walk[::2], folder / "walk.png")
-    data.save_gif(walk, folder / "walk.gif", 60)
-    print(f"{folder}: {opt.n} images, grid.png, walk.gif, walk.png")
-    closest, distance, others = data.nearest(fakes, images)
-    data.save_grid(torch.cat([fakes, closest], dim=2), folder / "nearest.png")
-    # Copies would be much nearer to a training image than training images are to each other.
-    print(f"nearest.png: each sample above the training image that is nearest to it, at a median distance of "
-          f"{distance.median():.3f}; training images are {others.median():.3f} from their nearest")
+    data.save_gif([to_pil_image((image + 1) / 2) for image in walk], folder / "walk.gif", 60)
+    print(f"{folder}: images, grid.png, walk.gif, walk.png")
+    try:
+        images = data.load_images(args.data, args.size)
+    except data.BadInput as error:
+        return print(f"no nearest.png: {error}")
+    data.save_grid(torch.cat([fakes, nearest(fakes, images)], dim=2), folder / "nearest.png")
+    print("nearest.png: each sample above the training image that is nearest to it")
 
 
 if __name__ == "__main__":
     with data.one_line_errors():
-        opt, checkpoint = options()
-        if opt.sample:
-            sample(opt, checkpoint)
+        args, checkpoint = options()
+        if args.sample:
+            sample(args, checkpoint)
         else:
-            train(opt, checkpoint)
+            train(args, checkpoint)
