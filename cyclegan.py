@@ -29,7 +29,7 @@ import diffaug
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
 
 # ---- Options ----
-FIXED = "size width blocks up d_norm spectral_norm patch".split()  # once trained
+FIXED = "size width blocks patch".split()  # once trained
 
 
 def options(argv=None):
@@ -42,10 +42,6 @@ def options(argv=None):
     arg = parser.add_argument_group("networks").add_argument
     arg("--width", type=int, default=32, help="channels at full resolution (32); 64: better, slower")
     arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
-    arg("--up", choices=("resize", "transpose"), default="resize",
-        help="G upsamples and convolves, or has transposed convolutions, which leave a grid (resize)")
-    arg("--d-norm", choices=("instance", "none"), default="none", help="normalisation in D (none)")
-    arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg = parser.add_argument_group("training").add_argument
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
@@ -59,8 +55,7 @@ def options(argv=None):
     arg("--decay", action="store_true", help="rates fall to 0 in the second half of the run")
     arg("--batch", type=int, default=4, help="images of each set per iteration and process (4)")
     arg("--iters", type=int, default=10000, help="iterations: steps of all networks (10000)")
-    arg("--ema", type=float, default=0.999,
-        help="decay of the averaged generators, which all samples are from; 0: none (0.999)")
+    arg("--ema", type=float, default=0.999, help="decay of the averaged generators; 0: no average (0.999)")
     arg = parser.add_argument_group("the run").add_argument
     arg("--translate", metavar="RUN", help="don't train: translate with this run's averaged generators")
     arg("--input", metavar="PATH", help="an image, a folder or .zip of them, or drawn cats")
@@ -92,10 +87,6 @@ class UpConv(nn.Conv2d):
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
-def norm_layer(norm, channels):
-    return {"instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
-
-
 def init_weights(net):
     """N(0, 0.02) for every convolution (Radford et al. 2016)."""
     for module in net.modules():
@@ -123,25 +114,21 @@ class Generator(nn.Sequential):
     but no norm next to the image: there it would make a bright image equal to a dark one.
     """
 
-    def __init__(self, size=64, width=32, blocks=3, up="resize"):
-        def double(inputs, outputs):
-            if up == "resize":
-                return UpConv(inputs, outputs)
-            return nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1)
-
-        large = size == 256
-        norm = "instance" if large else "none"  # of the layers with b channels
-        a, b, c = (width, 2 * width, 4 * width) if large else (3, width, 2 * width)
-        first = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU()]  # [B, width, 256, 256]
-        last = [nn.ReLU(), nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
-        super().__init__(
-            *(first if large else []),
-            nn.Conv2d(a, b, 3, stride=2, padding=1), *norm_layer(norm, b), nn.ReLU(),  # [B, 32, 32, 32]
-            nn.Conv2d(b, c, 3, stride=2, padding=1), nn.InstanceNorm2d(c), nn.ReLU(),  # [B, 64, 16, 16]
-            *(ResidualBlock(c) for _ in range(blocks)),
-            double(c, b), *norm_layer(norm, b), nn.ReLU(),  # [B, 32, 32, 32]
-            double(b, a),  # [B, 3, 64, 64]
-            *(last if large else []), nn.Tanh())
+    def __init__(self, size=64, width=32, blocks=3):
+        inner = 2 * width
+        down = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(),  # [B, 32, 32, 32]
+                nn.Conv2d(width, inner, 3, stride=2, padding=1)]  # [B, 64, 16, 16]
+        up = [UpConv(inner, width), nn.ReLU(), UpConv(width, 3)]  # [B, 32, 32, 32], [B, 3, 64, 64]
+        if size == 256:
+            inner = 4 * width
+            down = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU(),
+                    nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+                    nn.InstanceNorm2d(2 * width), nn.ReLU(),
+                    nn.Conv2d(2 * width, inner, 3, stride=2, padding=1)]
+            up = [UpConv(inner, 2 * width), nn.InstanceNorm2d(2 * width), nn.ReLU(),
+                  UpConv(2 * width, width), nn.ReLU(), nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
+        middle = [ResidualBlock(inner) for _ in range(blocks)]
+        super().__init__(*down, nn.InstanceNorm2d(inner), nn.ReLU(), *middle, *up, nn.Tanh())
         init_weights(self)
 
 
@@ -151,28 +138,21 @@ class Discriminator(nn.Sequential):
     patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34.
     """
 
-    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False):
-        norm = "none" if spectral else norm
+    def __init__(self, size=64, width=32, patch=False):
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
         layers, inputs = [], 3
         for i in range(halvings + 1 if patch else halvings):  # a PatchGAN has one more, of stride 1
             channels, stride = width * 2 ** i, 2 if i < halvings else 1
-            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1)]
-            layers += norm_layer(norm if i > 0 else "none", channels)
-            layers += [nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1), nn.LeakyReLU(0.2)]
             inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
         layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        if spectral:
-            for layer in self:
-                if isinstance(layer, nn.Conv2d):
-                    nn.utils.parametrizations.spectral_norm(layer)
 
 
 def build(args, device):
-    Gs = [Generator(args.size, args.width, args.blocks, args.up) for _ in "XY"]
-    Ds = [Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch) for _ in "XY"]
+    Gs = [Generator(args.size, args.width, args.blocks) for _ in "XY"]
+    Ds = [Discriminator(args.size, args.width, args.patch) for _ in "XY"]
     return [net.to(device, memory_format=torch.channels_last) for net in Gs + Ds]
 
 

@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 
 import diffaug
 
-RANK = int(os.environ.get("RANK", 0))  # of torchrun's processes
+RANK = int(os.environ.get("RANK", 0))  # by torchrun
 Image.MAX_IMAGE_PIXELS = 2**25  # Pillow warns of more, and refuses twice as many: gigabytes
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -80,12 +80,9 @@ def draw_cat(number, breed, side=288):
     def oval(x, y, rx, ry, rough=1.0):
         return list(zip(x + rx * np.cos(angle) * rough, y + ry * np.sin(angle) * rough))
 
-    sky, floor, *lights = [f"hsl({U(0, 360):.0f}, {U(10, 45):.0f}%, {U(60, 85):.0f}%)" for _ in range(5)]
+    sky, floor = [f"hsl({U(0, 360):.0f}, {U(10, 45):.0f}%, {U(60, 85):.0f}%)" for _ in range(2)]
     scene = ImageOps.colorize(Image.linear_gradient("L").resize((side, side)), sky, floor)
-    for colour in lights:  # blurred, behind the cat
-        paint(colour, oval(U(-1.8, 1.8), U(-1.8, .4), .6, .6, U(.5, 1.5)), .15)
     paint(shadow, oval(.1 * turn, 1.9, 1.15, 1.25, fluff), .08)  # body
-    paint(pale, oval(.5 * turn, 1.6, .55, .75), .2)  # chest
     for s in (-1, 1):
         paint(dark, [(s * .95, -.2), (s * .86 + turn / 3, -1.12 * ears), (s * .15, -.75)], .03)  # ear
         paint("#ce9691", [(s * .8, -.4), (s * .79 + turn / 3, -.95 * ears), (s * .36, -.72)], .08)
@@ -189,8 +186,7 @@ def permutation(n, seed, epoch, device):
 
 
 def batch(images, size, k, seed, device):
-    """Slice k = 0, 1, ... of an endless stream of permutations of the images: uint8 [size, 3, L, L].
-    It follows from k and the seed: there is no order to restore."""
+    """Slice k = 0, 1, ... of an endless stream of permutations, by the seed: uint8 [size, 3, L, L]."""
     n = len(images)
     epochs = range(k * size // n, ((k + 1) * size - 1) // n + 1)
     order = torch.cat([permutation(n, seed, epoch, images.device) for epoch in epochs])
@@ -307,7 +303,7 @@ def save_views(columns, rows, folder, timelapse):
 def check_finite(tensors, iteration, folder):
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise BadInput(f"a loss or weight is not finite at iteration {iteration}; try lower rates. "
-                       f"Only an earlier state is in {folder / 'ckpt.pt'}")
+                       f"What {folder / 'ckpt.pt'} holds is from before")
 
 
 def save_checkpoint(checkpoint, path):
@@ -338,7 +334,7 @@ def load_checkpoint(path, program):
         raise BadInput(f"{path} is damaged, or not of this version of {program}.py") from None
 
 
-def new_parser(doc):  # without the usage, an error is one line
+def new_parser(doc):  # without usage: one-line errors
     return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -426,7 +422,7 @@ def main(argv=None):
     images = load_images(args.source, load_size(args.size, ops), limit=8)
     sheet += [diffaug.augment(deluxe(images, args.size, ops), args.diffaug) for _ in range(11)]
     save_grid(torch.stack(sheet, dim=1).flatten(0, 1), "preview.png", columns=12)
-    print("preview.png: in each row an image as it is, then 11 augmented versions")
+    print("preview.png: in each row an image, then 11 augmented versions")
 
 
 if __name__ == "__main__":

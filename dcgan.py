@@ -61,8 +61,7 @@ def options(argv=None):
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
     arg("--batch", type=int, default=16, help="images per iteration and process (16)")
     arg("--iters", type=int, default=6400, help="iterations: steps of D (6400)")
-    arg("--ema", type=float, default=0.999,
-        help="decay of the averaged generator, which all samples are from; 0: none (0.999)")
+    arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
     arg = parser.add_argument_group("the run").add_argument
     arg("--sample", metavar="RUN", help="don't train: draw from this run's averaged generator")
     arg("--n", type=int, default=64, help="how many images --sample draws (64)")
