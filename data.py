@@ -30,7 +30,7 @@ from torchvision.utils import save_image
 
 import diffaug
 
-RANK = int(os.environ.get("RANK", 0))  # by torchrun
+RANK = int(os.environ.get("RANK", 0))
 Image.MAX_IMAGE_PIXELS = 2**25  # Pillow warns of more, and refuses twice as many: gigabytes
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
