@@ -26,7 +26,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import data
 import diffaug
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- Options ----
 FIXED = "size width blocks patch".split()  # once trained

@@ -235,7 +235,7 @@ def deluxe(images, size, ops):
     """uint8 [B, 3, L, L] -> float [B, 3, size, size] in [-1, 1], as tanh. ops: such as "crop,flip"."""
     x, ops = images.float() / 255, ops.split(",") if ops else []
     for i, op in enumerate(ops):
-        x = DELUXE[op](x, x.shape[-1] if "crop" in ops[i + 1:] else size)  # leave a later crop its room
+        x = DELUXE[op](x, x.shape[-1] if "crop" in ops[i + 1:] else size)  # room for a later crop
     return x * 2 - 1
 
 
@@ -249,10 +249,10 @@ def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
     arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS", type=names(["plain", *DELUXE]),
         help=f"augment the real images: some of {','.join(DELUXE)} (plain: crop,flip; flip if --diffaug "
-             "translates). No flip for letters and the like")
+             "translates). No flip for letters")
     arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", metavar="OPS", type=names(diffaug.POLICIES),
         help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN}). "
-             "For less than some 10,000 images")
+             "For less than 10,000 images")
 
 
 # ---- Pictures out ----

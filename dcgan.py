@@ -27,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 import data
 import diffaug
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # from torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ---- Options ----
 FIXED = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()  # once trained
@@ -104,7 +104,8 @@ class MinibatchStd(nn.Module):
     (Karras et al. 2018). When G makes too few kinds of images, D sees it here."""
 
     def forward(self, x):
-        deviation = x.float().var(dim=0, correction=0).add(1e-8).sqrt().mean().to(x.dtype)
+        apart = x.float() - x.float().mean(dim=0)  # faster than var()
+        deviation = apart.square().mean(dim=0).add(1e-8).sqrt().mean().to(x.dtype)
         return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
 
 
@@ -172,7 +173,7 @@ def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
     D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
                       args.minibatch_std)
-    return G.to(device), D.to(device)
+    return [net.to(device, memory_format=torch.channels_last) for net in (G, D)]
 
 
 # ---- Losses ----
@@ -373,7 +374,7 @@ def train(args, checkpoint):
 
 # ---- Sampling ----
 def slerp(a, b, t):
-    """From a to b along the sphere: on the straight line, noise is shorter than G knows it."""
+    """From a to b along the sphere: on the straight line, noise is too short."""
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
