@@ -42,11 +42,11 @@ class BadInput(Exception):
 @contextlib.contextmanager
 def one_line_errors():
     """What the user can mend becomes one line on stderr and exit status 2."""
-    if RANK:  # only the first process speaks
+    if RANK:  # the first process speaks
         sys.stdout = sys.stderr = open(os.devnull, "w")
     try:
         yield
-    except KeyboardInterrupt:  # before the loop: nothing to save yet
+    except KeyboardInterrupt:  # nothing to save yet
         sys.exit(130)
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or "out of memory"
