@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 import data
 import diffaug
@@ -168,7 +168,7 @@ class Pool:
         missing = self.size - len(self.images)
         if missing > 0:
             self.images = torch.cat([self.images, fakes[:missing]])
-        if missing > 0 or self.size == 0:
+        if missing > 0 or not self.size:
             return fakes
         slots = torch.rand(self.size, device=fakes.device).argsort()[:len(fakes)]  # different ones
         old, keep = self.images[slots], torch.rand(len(fakes), 1, 1, 1, device=fakes.device) < 0.5
@@ -307,14 +307,13 @@ def train(args, checkpoint):
         sums[-1] = 0  # a stop that was asked for then
     folder = Path(args.resume or "")
     if not args.resume:
-        folder = data.new_folder(args.out, f"out/{args.name}", "samples")
+        folder = data.new_folder(args.out, f"out/{args.name}")
     print(f"{folder}: {len(sets[0])} images of {args.X} and {len(sets[1])} of {args.Y} at {args.size} px, "
           f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
-    fixed = [data.load_images(source, args.size, limit=8) for source in (args.X, args.Y)]
-    few = min(map(len, fixed))
-    fixed_x, fixed_y = [images[:few].to(device) / 127.5 - 1 for images in fixed]
+    few = min(8, *map(len, sets))
+    fixed_x, fixed_y = [center_crop(images[:few].to(device), args.size) / 127.5 - 1 for images in sets]
 
-    signals, stop, clock = [], False, (iteration, time.perf_counter())
+    signals, stop, first, start = [], False, iteration, time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
         signal.signal(number, lambda number, frame: signals.append(number))
     while iteration < args.iters and not stop:
@@ -331,26 +330,28 @@ def train(args, checkpoint):
         average(ema_YX, G_YX, args.ema, iteration)
 
         # Since the last row of the log: losses, iterations, and whether any process was told to stop.
-        sums += F.pad(F.pad(losses, (0, 1), value=1), (0, 1), value=len(signals))
+        sums[:-2] += losses
+        sums[-2] += 1
+        sums[-1] += len(signals)
         last, stop = iteration == args.iters, bool(signals) and WORLD == 1
         if iteration % args.log_every == 0 or last:
             if WORLD > 1:
                 dist.all_reduce(sums)
-            data.check_finite([sums], iteration, folder)
-            *means, count, told = sums.tolist()  # the one place that waits for the device
+            data.check_finite([sums], iteration, folder)  # the one place that waits for the device
+            *means, count, told = sums.tolist()
             means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
             error = 0.0
             if truth:
                 with torch.no_grad():
                     error = F.l1_loss(ema_XY(truth[0]), truth[1]) + F.l1_loss(ema_YX(truth[1]), truth[0])
             means.append(float(f"{error / 2:.5g}"))
-            seconds = (time.perf_counter() - clock[1]) / (iteration - clock[0])  # per iteration
+            seconds = (time.perf_counter() - start) / (iteration - first)
             rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
             shown = [f"{name} {mean:.3f}" for name, mean in zip(COLUMNS[:6], means)]
             print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
-                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ")
+                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
             sums.zero_()
-            clock = iteration, time.perf_counter()
+            first, start = iteration, time.perf_counter()
         if RANK == 0 and (iteration % args.sample_every == 0 or last):
             with torch.no_grad():
                 y, x = ema_XY(fixed_x), ema_YX(fixed_y)
@@ -359,17 +360,18 @@ def train(args, checkpoint):
         if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
             weights = [weight for net in nets for weight in net.state_dict().values()]
             data.check_finite([sums, *weights], iteration, folder)
-            data.save_views(COLUMNS + ["truth_error"], rows, folder, timelapse=last or stop)
             data.save_checkpoint({
                 "program": "cyclegan", "iteration": iteration, "rows": rows, "sums": sums,
                 "options": vars(args) | {"out": None, "resume": None, "device": "auto"},
                 **{name: part.state_dict() for name, part in parts.items()}}, folder / "ckpt.pt")
+            data.save_views(COLUMNS + ["truth_error"], rows, folder, gif=last or stop)
+    stop = iteration < args.iters
     print("stopped" if stop else "finished", f"at iteration {iteration}: {folder}")
     if WORLD > 1:
         dist.destroy_process_group()
     if stop:
         print(f"go on with: python cyclegan.py --resume {folder}")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        sys.exit(128 + signals[0] if signals else 143)
 
 
 # ---- Translating ----
@@ -397,7 +399,7 @@ def translate(args, checkpoint):
     G.load_state_dict(checkpoint["ema_XY" if args.to == "Y" else "ema_YX"])
     folder = None
     for name, image in read_pictures(args.input, args.size):
-        folder = folder or data.new_folder(args.out, Path(args.translate) / f"translated_to_{args.to}", "")
+        folder = folder or data.new_folder(args.out, Path(args.translate) / f"translated_to_{args.to}")
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
         data.save_grid(G(padded.to(device))[:, :, :height, :width], folder / name)

@@ -50,7 +50,8 @@ def one_line_errors():
         sys.exit(130)
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or "out of memory"
-        if isinstance(error, RuntimeError) and not re.search("memory|loading state_dict", message):
+        known = re.search("(of|enough|allocate) memory|loading state_dict", message)
+        if isinstance(error, RuntimeError) and not known:
             raise
         print(f"{Path(sys.argv[0]).name}: error:", *message.split(), file=sys.stderr)
         sys.exit(2)
@@ -173,16 +174,16 @@ def load_images(source, size, limit=None):
         return ImageOps.fit(to_rgb(image), (size, size))
     files = find_images(source)[:limit]
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for count, (_, image) in enumerate(read(source, files, square), start=1):
-        images[count - 1] = pil_to_tensor(image)
-    return images[:count]
+    for i, (_, image) in enumerate(read(source, files, square)):
+        images[i] = pil_to_tensor(image)
+    return images[:i + 1]
 
 
 # ---- Batches ----
 @functools.lru_cache(maxsize=8)
 def permutation(n, seed, epoch, device):
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order.to(device, non_blocking=True)
+    return order.to(device, non_blocking=device.type == "cuda")
 
 
 def batch(images, size, k, seed, device):
@@ -193,8 +194,7 @@ def batch(images, size, k, seed, device):
     return images[order[k * size % n:][:size]].to(device, non_blocking=True)
 
 
-# ---- "Deluxe": augmentation of the real images only ----
-# Float [B, 3, L, L] in [0, 1] -> [B, 3, size, size]; each image gets its own random numbers.
+# ---- "Deluxe": augmentation of the real images only, float [B, 3, L, L] in [0, 1] ----
 def flip(x, size):
     return torch.where(diffaug.uniform(x, 0, 1) < 0.5, x, x.flip(3))
 
@@ -222,12 +222,11 @@ def stretch(x, size):
 DELUXE = {"crop": diffaug.window, "flip": flip, "zoom": zoom, "jitter": jitter, "autocontrast": stretch}
 
 
-def plain(args):
-    """What plain --deluxe stands for: no crop where DiffAugment's translation does its work, and better."""
+def plain(args):  # no crop where DiffAugment's translation does its work, and better
     return args.deluxe.replace("plain", "flip" if "translation" in args.diffaug else "crop,flip")
 
 
-def load_size(size, ops):  # a tenth larger where something is to be cut out
+def load_size(size, ops):  # larger where something is to be cut out
     return int(1.1 * size) if "crop" in ops or "zoom" in ops else size
 
 
@@ -242,9 +241,11 @@ def deluxe(images, size, ops):
 def add_images(arg):
     def names(known):
         def parse(text):
-            for op in set(text.split(",")) - {*known, "", "none"}:
+            if text in ("", "none"):
+                return ""
+            for op in set(text.split(",")) - {*known}:
                 raise argparse.ArgumentTypeError(f"no {op!r} among {', '.join(known)} (a folder goes first)")
-            return text.replace("none", "")
+            return text
         return parse
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
     arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS", type=names(["plain", *DELUXE]),
@@ -258,6 +259,7 @@ def add_images(arg):
 # ---- Pictures out ----
 def save_grid(images, path, columns=8):
     """Float images [N, 3, H, W] in [-1, 1] -> a PNG with just their colours."""
+    Path(path).parent.mkdir(exist_ok=True)
     save_image(images.float(), path, nrow=columns, normalize=True, value_range=(-1, 1))
 
 
@@ -288,7 +290,7 @@ def plot(columns, rows, path):
 
 
 # ---- The files of a run ----
-def save_views(columns, rows, folder, timelapse):
+def save_views(columns, rows, folder, gif):
     """log.csv, losses.png, timelapse.gif: if one can't be written, that stops no run."""
     with contextlib.suppress(OSError, SyntaxError):  # SyntaxError: Pillow's, for some damaged images
         lines = [",".join(map(str, row)) for row in (["iteration", *columns, "images/s"], *rows)]
@@ -296,14 +298,13 @@ def save_views(columns, rows, folder, timelapse):
         if len(rows) > 1:
             plot(columns, rows, folder / "losses.png")
         files = sorted((folder / "samples").glob("[0-9]*.png"))
-        if timelapse:
+        if gif and files:
             save_gif(map(Image.open, files[::len(files) // 100 + 1]), folder / "timelapse.gif", 150)
 
 
 def check_finite(tensors, iteration, folder):
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise BadInput(f"a loss or weight is not finite at iteration {iteration}; try lower rates. "
-                       f"What {folder / 'ckpt.pt'} holds is from before")
+        raise BadInput(f"a loss or weight is not finite at iteration {iteration}; {folder}/ckpt.pt is older")
 
 
 def save_checkpoint(checkpoint, path):
@@ -376,14 +377,13 @@ def parse(parser, argv, program, fixed, apply):
     return args, checkpoint
 
 
-def new_folder(given, otherwise, inside=""):
-    """Make a folder with one inside: if given, it must be free; otherwise add -2, -3, ... if it is not."""
+def new_folder(given, otherwise):
+    """Make a folder: the given one, which must be free, or else NAME, NAME-2, ..., the first that is free."""
     for k in range(1, sys.maxsize):
         path = Path(given or (otherwise if k == 1 else f"{otherwise}-{k}"))
         with contextlib.suppress(FileExistsError):  # another run may be faster
             if RANK == 0:
                 path.mkdir(parents=True, exist_ok=given and path.is_dir() and not any(path.iterdir()))
-                (path / inside).mkdir(exist_ok=True)
             return path
         if given:
             raise BadInput(f"{given} is in use: go on with --resume {given}, or give another --out")

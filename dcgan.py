@@ -129,12 +129,11 @@ class Generator(nn.Sequential):
         widths = [width * 2 ** i for i in reversed(range(int(math.log2(size)) - 2))]  # 256, 128, 64, 32
         layers = [nn.ConvTranspose2d(z, widths[0], 4, bias=bias)]  # [B, 256, 4, 4]
         for inputs, outputs in zip(widths, [*widths[1:], 3]):  # [B, 128, 8, 8], ..., [B, 3, 64, 64]
-            last = outputs == 3
             layers += [*norm_layer(norm, inputs), nn.SELU() if selu else nn.ReLU()]
             if up == "resize":
-                layers += [UpConv(inputs, outputs, bias or last)]
+                layers += [UpConv(inputs, outputs, bias or outputs == 3)]
             else:
-                layers += [nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=bias or last)]
+                layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, padding=1, bias=bias or outputs == 3)]
         super().__init__(*layers, nn.Tanh())
         init_weights(self)
 
@@ -212,7 +211,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     """
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
     with autocast, torch.set_grad_enabled(train_G):
-        fake = G(z)  # it serves D's step and G's
+        fake = G(z)  # once for D's step and G's
     fake = fake.float()  # losses and augmentation are computed in float32
 
     # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may see both.
@@ -321,12 +320,12 @@ def train(args, checkpoint):
         sums[-1] = 0  # a stop that was asked for then
     folder = Path(args.resume or "")
     if not args.resume:
-        folder = data.new_folder(args.out, f"out/{args.name}", "samples")
+        folder = data.new_folder(args.out, f"out/{args.name}")
     print(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
           f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
     fixed_z = torch.randn(64, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed)).to(device)
 
-    signals, stop, clock = [], False, (iteration, time.perf_counter())
+    signals, stop, first, start = [], False, iteration, time.perf_counter()
     for number in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
         signal.signal(number, lambda number, frame: signals.append(number))
     while iteration < args.iters and not stop:
@@ -339,37 +338,40 @@ def train(args, checkpoint):
         average(ema, G, args.ema, iteration)
 
         # Since the last row of the log: losses, iterations, and whether any process was told to stop.
-        sums += F.pad(F.pad(losses, (0, 1), value=1), (0, 1), value=len(signals))
+        sums[:-2] += losses
+        sums[-2] += 1
+        sums[-1] += len(signals)
         last, stop = iteration == args.iters, bool(signals) and WORLD == 1
         if iteration % args.log_every == 0 or last:
             if WORLD > 1:
                 dist.all_reduce(sums)
-            data.check_finite([sums], iteration, folder)
-            *means, count, told = sums.tolist()  # the one place that waits for the device
+            data.check_finite([sums], iteration, folder)  # the one place that waits for the device
+            *means, count, told = sums.tolist()
             means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
-            seconds = (time.perf_counter() - clock[1]) / (iteration - clock[0])  # per iteration
+            seconds = (time.perf_counter() - start) / (iteration - first)
             rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
             shown = [f"{name.replace('_loss', '')} {mean:.3f}" for name, mean in zip(COLUMNS[:5], means)]
             print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
-                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ")
+                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
             sums.zero_()
-            clock = iteration, time.perf_counter()
+            first, start = iteration, time.perf_counter()
         if RANK == 0 and (iteration % args.sample_every == 0 or last):
             with torch.no_grad():
                 data.save_grid(ema(fixed_z), folder / "samples" / f"{iteration:06d}.png")
         if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
             data.check_finite([sums, *G.state_dict().values(), *D.state_dict().values()], iteration, folder)
-            data.save_views(COLUMNS, rows, folder, timelapse=last or stop)
             data.save_checkpoint({
                 "program": "dcgan", "iteration": iteration, "rows": rows, "sums": sums,
                 "options": vars(args) | {"out": None, "resume": None, "device": "auto"},
                 **{name: part.state_dict() for name, part in parts.items()}}, folder / "ckpt.pt")
+            data.save_views(COLUMNS, rows, folder, gif=last or stop)
+    stop = iteration < args.iters
     print("stopped" if stop else "finished", f"at iteration {iteration}: {folder}")
     if WORLD > 1:
         dist.destroy_process_group()
     if stop:
         print(f"go on with: python dcgan.py --resume {folder}")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        sys.exit(128 + signals[0] if signals else 143)
 
 
 # ---- Sampling ----
@@ -400,7 +402,7 @@ def sample(args, checkpoint):
     images = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, torch.stack(walk)]).split(64)])
     fakes, walk = images[:args.n], images[args.n:]
 
-    folder = data.new_folder(args.out, Path(args.sample) / "generated", "images")
+    folder = data.new_folder(args.out, Path(args.sample) / "generated")
     for i, image in enumerate(fakes):
         data.save_grid(image[None], folder / "images" / f"{i:05d}.png")
     data.save_grid(fakes, folder / "grid.png")
