@@ -216,7 +216,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
 
     # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may see both.
     D.requires_grad_(True)
-    seen_real, seen_fake = diffaug.augment(real, args.diffaug), diffaug.augment(fake.detach(), args.diffaug)
+    seen_real, seen_fake = diffaug.augment(torch.cat([real, fake.detach()]), args.diffaug).chunk(2)
     with autocast:
         score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
     loss_real, loss_fake = d_losses(score_real, score_fake, args)
