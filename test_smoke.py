@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+os.environ["OMP_NUM_THREADS"] = "1"  # for tiny networks the fastest, also in the processes that tests start
 
 import numpy as np
 import pytest
@@ -66,7 +67,6 @@ def shows(picture, image):  # [3, H, W] in [0, 255], float [1, 3, H, W] in [-1, 
     return np.abs(picture - (image[0].detach().numpy() + 1) * 127.5).max() < 2
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
 # ---- networks ----
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
 def test_shapes_at_every_layer(size):
@@ -693,7 +693,7 @@ def test_two_processes_draw_their_own_take_the_same_steps_and_one_speaks(program
     (tmp_path / "spy.py").write_text(SPY.format(program=program.__name__))
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
     argv = [*torchrun, tmp_path / "spy.py", *command(program, cats, tmp_path / "run", "--diffaug --iters 3")]
-    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
     result = subprocess.run(argv, text=True, capture_output=True, timeout=200, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 1 and result.stdout.count("3/3") == 1
