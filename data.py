@@ -329,7 +329,7 @@ def load_checkpoint(path, program):
         with zipfile.ZipFile(path) as file:
             assert not file.testzip()  # torch.load does not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["program"] == program
+        assert checkpoint["program"] == program and "parts" not in checkpoint  # as in older versions
         return checkpoint
     except Exception:  # damaged files raise anything
         raise BadInput(f"{path} is damaged, or not of this version of {program}.py") from None
