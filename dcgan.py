@@ -334,8 +334,10 @@ def train(args, checkpoint):
         torch.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         batch = data.batch(images, args.batch, (iteration - 1) * WORLD + RANK, args.seed, device)
         real = data.deluxe(batch, args.size, args.deluxe)
-        losses = step(G, D, optim_G, optim_D, real, iteration % args.critic_iters == 0, args, autocast)
-        average(ema, G, args.ema, iteration)
+        train_G = iteration % args.critic_iters == 0
+        losses = step(G, D, optim_G, optim_D, real, train_G, args, autocast)
+        if train_G:
+            average(ema, G, args.ema, iteration)
 
         # Since the last row of the log: losses, iterations, and whether any process was told to stop.
         sums[:-2] += losses

@@ -45,13 +45,9 @@ def features(folder, net, most=500):
 
 def kid(a, b):
     """The unbiased squared maximum mean discrepancy with the kernel (x.y / 1280 + 1)^3."""
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        return (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
+    aa, bb, ab = [(x @ y.T / 1280 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))]
+    within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
+    return sum(within) - 2 * ab.mean()
 
 
 if __name__ == "__main__":
