@@ -50,16 +50,14 @@ def one_line_errors():
         sys.exit(130)
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or "out of memory"
-        known = re.search("(of|enough|allocate) memory|loading state_dict", message)
-        if isinstance(error, RuntimeError) and not known:
+        if isinstance(error, RuntimeError) and not re.search("(of|enough|allocate) mem|state_dict", message):
             raise
         print(f"{Path(sys.argv[0]).name}: error:", *message.split(), file=sys.stderr)
         sys.exit(2)
 
 
 # ---- Drawn cats ----
-DRAWN = {"toy-grumpy": range(204), "toy-blue": range(1000, 1075)}
-HELD_OUT = range(2000, 2016)
+DRAWN, HELD_OUT = {"toy-grumpy": range(204), "toy-blue": range(1000, 1075)}, range(2000, 2016)
 COLOURS = {"grumpy": "#e2d0b6 #c0b19b #4e382e #faf5ee #e28a8c #70b2e2",
            "blue": "#707c92 #5f697c #5a6478 #8c98ae #705c6c #96c046"}
 
@@ -222,8 +220,9 @@ def stretch(x, size):
 DELUXE = {"crop": diffaug.window, "flip": flip, "zoom": zoom, "jitter": jitter, "autocontrast": stretch}
 
 
-def plain(args):  # no crop where DiffAugment's translation does its work, and better
-    return args.deluxe.replace("plain", "flip" if "translation" in args.diffaug else "crop,flip")
+def plain(args):  # translation does a crop's work, and better; flips are more inputs, for CycleGAN
+    instead = "flip" if hasattr(args, "cycle") else ""
+    return args.deluxe.replace("plain", instead if "translation" in args.diffaug else "crop,flip").strip(",")
 
 
 def load_size(size, ops):  # larger where something is to be cut out
@@ -249,8 +248,8 @@ def add_images(arg):
         return parse
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
     arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS", type=names(["plain", *DELUXE]),
-        help=f"augment the real images: some of {','.join(DELUXE)} (plain: crop,flip; flip if --diffaug "
-             "translates). No flip for letters")
+        help=f"augment the real images: some of {','.join(DELUXE)} (plain: crop,flip; if --diffaug "
+             "translates: flip in cyclegan.py, else none). No flip for letters")
     arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", metavar="OPS", type=names(diffaug.POLICIES),
         help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN}). "
              "For less than 10,000 images")
