@@ -66,6 +66,8 @@ def options(argv=None):
         parser.error("--translate RUN and --input PATH go together")
     if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
         parser.error("--lambda-cycle, --identity and --pool can't be negative")
+    if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
+        parser.error("--X and --Y go together")
     if 0 < args.pool < args.batch:
         parser.error("--pool needs to be 0, or at least --batch")
     if args.blocks is None:
@@ -279,7 +281,7 @@ def optimizer(nets, rate):
 
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
-        return print(f"{args.resume} has its {args.iters} iterations; to go on, give more --iters")
+        return print(f"{args.resume} is at iteration {checkpoint['iteration']}; give more --iters")
     device, autocast = setup(args)
     sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
     if device.type != "cuda" or sets[0].nbytes + sets[1].nbytes < torch.cuda.mem_get_info()[0] / 3:

@@ -108,7 +108,7 @@ def draw_cat(number, breed, side=288):
     paint("#603e3c", [*zip(x, y), *reversed([*zip(x, y + .05)])])  # mouth
     cat = cat.rotate(tilt, Image.Resampling.BICUBIC).resize([round(5.2 * radius * side)] * 2)
     scene.paste(cat, (round(x0 * side - cat.width / 2), round(y0 * side - cat.width / 2)), cat)
-    lit = np.asarray(scene) * (shade + light * np.linspace(-1, 1, side)[:, None])  # from one side
+    lit = np.asarray(scene) * (shade + light * np.linspace(-1, 1, side)[:, None])
     return Image.fromarray(lit.clip(0, 255).astype(np.uint8))
 
 
@@ -143,7 +143,7 @@ def find_images(source, held_out=False):
     with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError):
         archive = zipfile.ZipFile(path)
         return [(name, functools.partial(unzip, name)) for name in sorted(archive.namelist()) if wanted(name)]
-    raise BadInput(f"{source} is not there or damaged; give a folder or .zip of images, or one of {[*DRAWN]}")
+    raise BadInput(f"{source} is not there, or no folder, image or whole .zip; drawn: {', '.join(DRAWN)}")
 
 
 def read(source, files, convert):
@@ -225,7 +225,7 @@ def plain(args):  # translation does a crop's work, and better; flips are more i
     return args.deluxe.replace("plain", instead if "translation" in args.diffaug else "crop,flip").strip(",")
 
 
-def load_size(size, ops):  # larger where something is to be cut out
+def load_size(size, ops):  # larger, to be cut
     return int(1.1 * size) if "crop" in ops or "zoom" in ops else size
 
 
@@ -285,7 +285,7 @@ def plot(columns, rows, path):
             y = 610 - 540 * np.clip((y - low) / (high - low), 0, 1.05)
             draw.line(list(zip(left + 770 * (x - x[0]) / (x[-1] - x[0]), y)), colours[k], 4)
             draw.text((left + 10 + k % 4 * 190, 14 + k // 4 * 26), name, colours[k], font)
-    image.resize((900, 330), Image.Resampling.LANCZOS).save(path)  # smooth
+    image.resize((900, 330), Image.Resampling.LANCZOS).save(path)
 
 
 # ---- The files of a run ----
@@ -309,7 +309,7 @@ def check_finite(tensors, iteration, folder):
 def save_checkpoint(checkpoint, path):
     """Write beside the old file, flush, rename: there always is a whole one."""
     buffer, temporary = io.BytesIO(), Path(f"{path}.tmp")
-    torch.save(checkpoint, buffer)  # to a file on a full disk it raises something odd
+    torch.save(checkpoint, buffer)  # on a full disk it raises something odd
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -330,8 +330,8 @@ def load_checkpoint(path, program):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["program"] == program and "parts" not in checkpoint  # as in older versions
         return checkpoint
-    except Exception:  # damaged files raise anything
-        raise BadInput(f"{path} is damaged, or not of this version of {program}.py") from None
+    except Exception:
+        raise BadInput(f"{path} is damaged, or no run of this {program}.py") from None
 
 
 def new_parser(doc):  # without usage: one-line errors

@@ -298,7 +298,7 @@ def optimizer(net, rate, loss):
 
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
-        return print(f"{args.resume} has its {args.iters} iterations; to go on, give more --iters")
+        return print(f"{args.resume} is at iteration {checkpoint['iteration']}; give more --iters")
     device, autocast = setup(args)
     images = data.load_images(args.data, data.load_size(args.size, args.deluxe))
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:

