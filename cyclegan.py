@@ -6,8 +6,8 @@
     python cyclegan.py --translate RUN --input FOLDER --to Y  # pictures of any size, or one
 
 Two games as in dcgan.py, with pictures for noise. G_XY turns pictures of X into what D_Y takes
-for Y. G_YX goes the other way. So far G_XY may answer any blue cat with any grumpy one. The
-cycle ties the answer to the question: from it, G_YX must restore the original.
+for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy one. The
+cycle ties the two together: from the translation, G_YX must restore the original.
 """
 import copy
 import math
@@ -40,15 +40,15 @@ def options(argv=None):
     arg("--Y", default="toy-grumpy", help="the other set: unpaired")
     data.add_images(arg)
     arg = parser.add_argument_group("networks").add_argument
-    arg("--width", type=int, default=32, help="channels at full resolution (32); 64: better, slower")
+    arg("--width", type=int, default=32, help="channels of the largest layer (32); 64: better, slower")
     arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg = parser.add_argument_group("training").add_argument
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
         help="a translation must lead back to its original (plain: l1)")
-    arg("--lambda-cycle", type=float, default=2.0, help="its weight (2); less: more change")
+    arg("--lambda-cycle", type=float, default=2.0, help="weight of that (2); less: more change")
     arg("--identity", type=float, default=2.0,
-        help="weight of: G_XY leaves Y as it is, which keeps colours (2)")
+        help="weight of another: G_XY must leave Y as it is, which keeps colours (2)")
     arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
     arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
     arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
@@ -67,7 +67,7 @@ def options(argv=None):
     if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
         parser.error("--lambda-cycle, --identity and --pool can't be negative")
     if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
-        parser.error("--X and --Y go together")
+        parser.error("--X and --Y go together: give both or neither")
     if 0 < args.pool < args.batch:
         parser.error("--pool needs to be 0, or at least --batch")
     if args.blocks is None:
@@ -112,8 +112,8 @@ class ResidualBlock(nn.Module):
 class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H, W multiples of 4.
 
-    In the comments size 64, width 32. At 256 px and width 64 it is the paper's, with a 7x7 layer at both ends
-    but no norm next to the image: there it would make a bright image equal to a dark one.
+    In the comments size 64, width 32. At 256 px and width 64 it is the paper's, with 7x7 layers at both ends,
+    but for norms next to the image. They would make a bright image equal to a dark one.
     """
 
     def __init__(self, size=64, width=32, blocks=3):
@@ -159,7 +159,7 @@ def build(args, device):
 
 
 class Pool:
-    """Up to `size` earlier fakes: half of those that D sees, lest it forget (Shrivastava et al. 2017)."""
+    """Up to `size` earlier fakes, to be half of what D sees, lest it forget (Shrivastava et al. 2017)."""
 
     def __init__(self, size):
         self.size, self.images = size, torch.empty(0)
@@ -168,9 +168,8 @@ class Pool:
         """Fakes [B, C, H, W] -> as many. A full pool swaps each for an earlier one with probability 1/2."""
         self.images = self.images.to(fakes)  # a checkpoint is read on the CPU
         missing = self.size - len(self.images)
-        if missing > 0:
-            self.images = torch.cat([self.images, fakes[:missing]])
         if missing > 0 or not self.size:
+            self.images = torch.cat([self.images, fakes[:missing]])
             return fakes
         slots = torch.rand(self.size, device=fakes.device).argsort()[:len(fakes)]  # different ones
         old, keep = self.images[slots], torch.rand(len(fakes), 1, 1, 1, device=fakes.device) < 0.5
@@ -191,13 +190,13 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     Returns a tensor of COLUMNS, not yet weighted.
     """
     with autocast:
-        if args.identity:  # G_XY translates x and leaves y alone, at once: no norm sees both
+        if args.identity:  # x is translated, y should stay: at once, as instance norm takes each image alone
             fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
             fake_x, same_x = G_YX(torch.cat([y, x])).float().chunk(2)
         else:
             fake_y, fake_x = G_XY(x).float(), G_YX(y).float()
 
-    # Train D. detach: D's loss must not reach G.
+    # Train D. detach: D's loss must not reach G. Real and fake together: this D has no norm.
     losses_D, scores = [], []
     for D, real, fake, pool in ((D_X, x, fake_x, pools[0]), (D_Y, y, fake_y, pools[1])):
         D.requires_grad_(True)
@@ -253,7 +252,7 @@ def average(ema, G, decay, iteration):
 
 # ---- The loop ----
 COLUMNS = ["D_X", "D_Y", "G_XY", "G_YX", "cycle_X", "cycle_Y", "identity",
-           "D_X(real)", "D_X(fake)", "D_Y(real)", "D_Y(fake)"]  # of the log, and truth_error
+           "D_X(real)", "D_X(fake)", "D_Y(real)", "D_Y(fake)"]  # of the log; truth_error follows
 
 
 def setup(args):
@@ -286,7 +285,7 @@ def train(args, checkpoint):
     sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
     if device.type != "cuda" or sets[0].nbytes + sets[1].nbytes < torch.cuda.mem_get_info()[0] / 3:
         sets = [images.to(device) for images in sets]  # larger sets stay on the CPU
-    truth = None  # of drawn cats: the same ones in both breeds, in neither set
+    truth = None  # drawn cats that are in neither set, each in both breeds: the right answers
     if {args.X, args.Y} == set(data.DRAWN):
         truth = [torch.cat([cat for _, cat in read_pictures(name, args.size)]).to(device)
                  for name in (args.X, args.Y)]
@@ -307,17 +306,15 @@ def train(args, checkpoint):
             part.load_state_dict(checkpoint[name])
         iteration, rows, sums = checkpoint["iteration"], checkpoint["rows"], checkpoint["sums"].to(device)
         sums[-1] = 0  # a stop that was asked for then
-    folder = Path(args.resume or "")
-    if not args.resume:
-        folder = data.new_folder(args.out, f"out/{args.name}")
+    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
     print(f"{folder}: {len(sets[0])} images of {args.X} and {len(sets[1])} of {args.Y} at {args.size} px, "
           f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
     few = min(8, *map(len, sets))
     fixed_x, fixed_y = [center_crop(images[:few].to(device), args.size) / 127.5 - 1 for images in sets]
 
     signals, stop, first, start = [], False, iteration, time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
-        signal.signal(number, lambda number, frame: signals.append(number))
+    for kind in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
+        signal.signal(kind, lambda number, frame: signals.append(number))
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
@@ -339,7 +336,7 @@ def train(args, checkpoint):
         if iteration % args.log_every == 0 or last:
             if WORLD > 1:
                 dist.all_reduce(sums)
-            data.check_finite([sums], iteration, folder)  # the one place that waits for the device
+            data.check_finite([sums], iteration)  # the one place that waits for the device
             *means, count, told = sums.tolist()
             means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
             error = 0.0
@@ -361,7 +358,7 @@ def train(args, checkpoint):
             data.save_grid(images, folder / "samples" / f"{iteration:06d}.png", columns=few)
         if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
             weights = [weight for net in nets for weight in net.state_dict().values()]
-            data.check_finite([sums, *weights], iteration, folder)
+            data.check_finite([sums, *weights], iteration)
             data.save_checkpoint({
                 "program": "cyclegan", "iteration": iteration, "rows": rows, "sums": sums,
                 "options": vars(args) | {"out": None, "resume": None, "device": "auto"},

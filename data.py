@@ -203,7 +203,7 @@ def zoom(x, size):
     left, top = [(1 - side) * diffaug.uniform(x, -1, 1).flatten() for side in (width, height)]
     theta = torch.stack([width, 0 * width, left, 0 * height, height, top], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
 def jitter(x, size):
@@ -220,9 +220,10 @@ def stretch(x, size):
 DELUXE = {"crop": diffaug.window, "flip": flip, "zoom": zoom, "jitter": jitter, "autocontrast": stretch}
 
 
-def plain(args):  # translation does a crop's work, and better; flips are more inputs, for CycleGAN
+def plain(args):  # translation does a crop's work; flips then help CycleGAN only, which has args.cycle
     instead = "flip" if hasattr(args, "cycle") else ""
-    return args.deluxe.replace("plain", instead if "translation" in args.diffaug else "crop,flip").strip(",")
+    ops = args.deluxe.replace("plain", instead if "translation" in args.diffaug else "crop,flip").split(",")
+    return ",".join(filter(None, ops))
 
 
 def load_size(size, ops):  # larger, to be cut
@@ -301,9 +302,9 @@ def save_views(columns, rows, folder, gif):
             save_gif(map(Image.open, files[::len(files) // 100 + 1]), folder / "timelapse.gif", 150)
 
 
-def check_finite(tensors, iteration, folder):
+def check_finite(tensors, iteration):
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise BadInput(f"a loss or weight is not finite at iteration {iteration}; {folder}/ckpt.pt is older")
+        raise BadInput(f"a loss or weight is not finite at iteration {iteration}: try lower --g-lr, --d-lr")
 
 
 def save_checkpoint(checkpoint, path):
@@ -328,7 +329,7 @@ def load_checkpoint(path, program):
         with zipfile.ZipFile(path) as file:
             assert not file.testzip()  # torch.load does not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert checkpoint["program"] == program and "parts" not in checkpoint  # as in older versions
+        assert checkpoint["program"] == program
         return checkpoint
     except Exception:
         raise BadInput(f"{path} is damaged, or no run of this {program}.py") from None
@@ -343,7 +344,7 @@ def add_run(arg):
     arg("--out", metavar="DIR", help="folder of the run (out/NAME)")
     arg("--resume", metavar="RUN", help="go on with this run, with its options and those given here")
     arg("--seed", type=int, default=0, help="another seed is another run (0)")
-    arg("--device", default="auto", help="cuda, mps, xpu or cpu (auto)")
+    arg("--device", default="auto", help="cuda, mps or cpu (auto)")
     arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="(auto: bf16 if native)")
     arg("--compile", action="store_true", help="torch.compile: slow start, faster run")
     for what, every in (("log", 50), ("sample", 200), ("save", 400)):

@@ -40,7 +40,7 @@ def options(argv=None):
     arg("--data", default="toy-grumpy", help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
     data.add_images(arg)
     arg = parser.add_argument_group("networks").add_argument
-    arg("--width", type=int, default=32, help="channels at full resolution (32); 64: better, slower")
+    arg("--width", type=int, default=32, help="channels of the largest layer (32); 64: better, slower")
     arg("--z", type=int, default=100, help="length of the noise z (100)")
     arg("--up", choices=("resize", "transpose"), default="resize",
         help="G upsamples and convolves, or has transposed convolutions, which leave a grid (resize)")
@@ -53,7 +53,7 @@ def options(argv=None):
         help="show D how much a batch varies, against fakes that look alike (on)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(lsgan)")
-    arg("--critic-iters", type=int, help="train G at every such iteration (1; both wgan: 5)")
+    arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
     arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="draw D's target for real images from U(LO, HI): 0.8 0.9 if D is too sure (1 1)")
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
@@ -71,12 +71,12 @@ def options(argv=None):
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
     if args.d_norm is None:  # through weights clipped at 0.01 every signal would fade
         args.d_norm = "batch" if args.loss == "wgan" else "none"
-    if min(args.z, args.n, args.critic_iters) < 1:
-        parser.error("--z, --n and --critic-iters need at least 1")
-    if not (0 <= args.smooth[0] <= args.smooth[1] <= 2 and -1 <= args.g_target <= 2):
-        parser.error("--smooth needs 0 <= LO <= HI <= 2, --g-target a number from -1 to 2")
+    if min(args.z - 1, args.n, args.critic_iters) < 1:
+        parser.error("--n and --critic-iters need at least 1, --z 2")
+    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
+        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target a number from -1 to 2")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.compile):
-        parser.error("wgan-gp needs each image's second derivatives: no --d-norm batch, no --compile")
+        parser.error("wgan-gp goes neither with --d-norm batch, which mixes images, nor with --compile")
     return args, checkpoint
 
 
@@ -152,7 +152,7 @@ class Discriminator(nn.Sequential):
         layers, inputs = [], 3
         for i in range(halvings + 1 if patch else halvings):  # a PatchGAN has one more, of stride 1
             channels, stride = width * 2 ** i, 2 if i < halvings else 1
-            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=i == 0 or norm != "batch")]
+            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=i == 0 or norm == "none")]
             layers += norm_layer(norm if i > 0 else "none", channels)
             layers += [nn.SELU() if selu else nn.LeakyReLU(0.2)]
             inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
@@ -226,7 +226,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     (loss_real + loss_fake + 10 * penalty).backward()
     average_gradients(D)
     # Nothing bounds D's scores, and a squared loss's gradient grows with them. One odd batch makes a large
-    # step, the next scores are worse, and in ten steps D is lost. A gradient of norm 1 ends that.
+    # step, the next scores are worse, and in ten steps D is lost. Cutting the gradient to norm 1 ends that.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -235,7 +235,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
             weight.data.clamp_(-0.01, 0.01)
 
     # Train G, through a D that stands still.
-    loss_G = g_loss(score_fake, args)  # for the log where G rests
+    loss_G = g_loss(score_fake, args)  # only logged, if G rests
     if train_G:
         D.requires_grad_(False)
         with autocast:
@@ -269,7 +269,7 @@ def average(ema, G, decay, iteration):
 
 
 # ---- The loop ----
-COLUMNS = ["D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)", "penalty"]  # of the log
+COLUMNS = ["D_real", "D_fake", "G", "D(real)", "D(fake)", "penalty"]  # of the log
 
 
 def setup(args):
@@ -318,16 +318,14 @@ def train(args, checkpoint):
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr
         iteration, rows, sums = checkpoint["iteration"], checkpoint["rows"], checkpoint["sums"].to(device)
         sums[-1] = 0  # a stop that was asked for then
-    folder = Path(args.resume or "")
-    if not args.resume:
-        folder = data.new_folder(args.out, f"out/{args.name}")
+    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
     print(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
           f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
     fixed_z = torch.randn(64, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed)).to(device)
 
     signals, stop, first, start = [], False, iteration, time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
-        signal.signal(number, lambda number, frame: signals.append(number))
+    for kind in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
+        signal.signal(kind, lambda number, frame: signals.append(number))
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
@@ -347,12 +345,12 @@ def train(args, checkpoint):
         if iteration % args.log_every == 0 or last:
             if WORLD > 1:
                 dist.all_reduce(sums)
-            data.check_finite([sums], iteration, folder)  # the one place that waits for the device
+            data.check_finite([sums], iteration)  # the one place that waits for the device
             *means, count, told = sums.tolist()
             means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
             seconds = (time.perf_counter() - start) / (iteration - first)
             rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
-            shown = [f"{name.replace('_loss', '')} {mean:.3f}" for name, mean in zip(COLUMNS[:5], means)]
+            shown = [f"{name} {mean:.3f}" for name, mean in zip(COLUMNS[:5], means)]
             print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
                   f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
             sums.zero_()
@@ -361,7 +359,7 @@ def train(args, checkpoint):
             with torch.no_grad():
                 data.save_grid(ema(fixed_z), folder / "samples" / f"{iteration:06d}.png")
         if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
-            data.check_finite([sums, *G.state_dict().values(), *D.state_dict().values()], iteration, folder)
+            data.check_finite([sums, *G.state_dict().values(), *D.state_dict().values()], iteration)
             data.save_checkpoint({
                 "program": "dcgan", "iteration": iteration, "rows": rows, "sums": sums,
                 "options": vars(args) | {"out": None, "resume": None, "device": "auto"},

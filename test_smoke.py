@@ -317,7 +317,7 @@ def test_deluxe_range_sizes_and_what_the_plain_flags_mean():
         out = data.deluxe(images, 64, ops)
         assert out.shape == (4, 3, 64, 64) and -1.001 <= out.min() < -0.8 and out.max() <= 1.001
     for flags, expected in (("--deluxe", "crop,flip"), ("--deluxe --diffaug cutout", "crop,flip"), ("", ""),
-                            ("--deluxe --diffaug", ""), ("--deluxe flip --diffaug", "flip")):
+                            ("--deluxe --diffaug", ""), ("--deluxe zoom,plain,flip --diffaug", "zoom,flip")):
         assert options(flags).deluxe == expected
     assert options("--deluxe --diffaug", cyclegan).deluxe == "flip" and not options("--diffaug none").diffaug
 
@@ -415,7 +415,7 @@ def test_what_a_run_writes_and_that_a_second_one_gets_a_new_name(cats, tmp_path,
     assert names(run) == FILES and names(run / "samples") == [f"00000{i}.png" for i in (2, 4, 6, 7)]
     assert Image.open(run / "timelapse.gif").size == (8 * 34 + 2, 8 * 34 + 2)
     head, *rows = [line.split(",") for line in (run / "log.csv").read_text().splitlines()]
-    assert head[:6] == ["iteration", "D_real_loss", "D_fake_loss", "G_loss", "D(real)", "D(fake)"]
+    assert head[:6] == ["iteration", "D_real", "D_fake", "G", "D(real)", "D(fake)"]
     assert [row[0] for row in rows] == [*"1234567"] and {len(row) for row in rows} == {len(head)}
     lines = capsys.readouterr().out.splitlines()
     assert all(word in lines[0] for word in ("6 images", "32 px", "cpu", "none", "color,translation"))
@@ -482,7 +482,7 @@ def test_what_is_not_finite_stops_the_run_before_a_checkpoint(what, cats, tmp_pa
             parts[what].fill_(math.inf)
         return calls[-1]
     monkeypatch.setattr(dcgan, "step", step)
-    with pytest.raises(data.BadInput, match=r"not finite at iteration 4.*ckpt\.pt"):
+    with pytest.raises(data.BadInput, match="not finite at iteration 4"):
         train(dcgan, cats, tmp_path / "run", "--iters 9 --sample-every 9 --log-every 9")
     assert data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "dcgan")["iteration"] == 2
 
