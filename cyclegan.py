@@ -67,7 +67,7 @@ def options(argv=None):
     if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
         parser.error("--lambda-cycle, --identity and --pool can't be negative")
     if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
-        parser.error("--X and --Y go together: give both or neither")
+        parser.error("--X and --Y go together, and drawn cats with drawn cats")
     if 0 < args.pool < args.batch:
         parser.error("--pool needs to be 0, or at least --batch")
     if args.blocks is None:
@@ -346,7 +346,7 @@ def train(args, checkpoint):
             means.append(float(f"{error / 2:.5g}"))
             seconds = (time.perf_counter() - start) / (iteration - first)
             rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
-            shown = [f"{name} {mean:.3f}" for name, mean in zip(COLUMNS[:6], means)]
+            shown = [f"{name} {mean:#.3g}" for name, mean in zip(COLUMNS[:6], means)]
             print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
                   f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
             sums.zero_()

@@ -15,7 +15,6 @@ import re
 import socket
 import sys
 import tempfile
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,8 +30,6 @@ from torchvision.utils import save_image
 import diffaug
 
 RANK = int(os.environ.get("RANK", 0))
-Image.MAX_IMAGE_PIXELS = 2**25  # Pillow warns of more, and refuses twice as many: gigabytes
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class BadInput(Exception):
@@ -49,6 +46,8 @@ def one_line_errors():
     except KeyboardInterrupt:  # nothing to save yet
         sys.exit(130)
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
+        if RANK and not isinstance(error, BadInput):
+            sys.stderr = sys.__stderr__  # of any process
         message = str(error) or "out of memory"
         if isinstance(error, RuntimeError) and not re.search("(of|enough|allocate) mem|state_dict", message):
             raise
@@ -129,20 +128,19 @@ def find_images(source, held_out=False):
     """What load_images takes -> [(name, function that returns a Pillow image)], sorted."""
     def wanted(path):
         return Path(path).suffix.lower() in Image.registered_extensions() and Path(path).name[0] != "."
-    def unzip(name):
-        if archive.getinfo(name).file_size > 2**27:
-            raise ValueError("more than 128 MB when unpacked")
-        return Image.open(archive.open(name))
     if source in DRAWN:
         numbers = HELD_OUT if held_out else DRAWN[source]
         return [(f"{number}.png", functools.partial(draw_cat, number, source[4:])) for number in numbers]
     path = Path(source)
     if path.is_dir() or path.is_file() and wanted(path):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        return [(str(file), functools.partial(Image.open, file)) for file in files if wanted(file)]
+        runs = {file.parent for file in files if file.name == "ckpt.pt"} - {path}  # made, not real
+        files = [file for file in files if wanted(file) and runs.isdisjoint(file.parents)]
+        return [(str(file), functools.partial(Image.open, file)) for file in files]
     with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError):
         archive = zipfile.ZipFile(path)
-        return [(name, functools.partial(unzip, name)) for name in sorted(archive.namelist()) if wanted(name)]
+        names = filter(wanted, sorted(archive.namelist()))
+        return [(name, lambda name=name: Image.open(archive.open(name))) for name in names]
     raise BadInput(f"{source} is not there, or no folder, image or whole .zip; drawn: {', '.join(DRAWN)}")
 
 
@@ -153,7 +151,7 @@ def read(source, files, convert):
             with file[1]() as image:
                 return file[0], convert(image)
         except Exception as error:  # damaged files raise anything
-            print("skipped", *f"{file[0]}: {error}".split(), file=sys.stderr)
+            sys.stderr.write(" ".join(f"skipped {file[0]}: {error}".split()) + "\n")  # whole
     good = 0
     with ThreadPoolExecutor(8) as pool:  # more would take much memory
         for good, result in enumerate(filter(None, pool.map(decode, files)), start=1):
@@ -346,7 +344,7 @@ def add_run(arg):
     arg("--seed", type=int, default=0, help="another seed is another run (0)")
     arg("--device", default="auto", help="cuda, mps or cpu (auto)")
     arg("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="(auto: bf16 if native)")
-    arg("--compile", action="store_true", help="torch.compile: slow start, faster run")
+    arg("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: slow start, faster run")
     for what, every in (("log", 50), ("sample", 200), ("save", 400)):
         arg(f"--{what}-every", type=int, default=every, metavar="N", help=f"iterations ({every})")
 
@@ -386,7 +384,7 @@ def new_folder(given, otherwise):
                 path.mkdir(parents=True, exist_ok=given and path.is_dir() and not any(path.iterdir()))
             return path
         if given:
-            raise BadInput(f"{given} is in use: go on with --resume {given}, or give another --out")
+            raise BadInput(f"{given} is in use: give another --out, or --resume it")
 
 
 # ---- python data.py get | preview ----
@@ -404,7 +402,8 @@ def get(name):
         try:
             with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
                 download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
-                return os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
+                os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
+                return print(target)
         except Exception as error:  # addresses and zips break in many ways
             problems.append(f"{server}: {error}")
     raise BadInput(f"no {name} ({'; '.join(problems)}). Put images into {target}/trainA, trainB, ...")

@@ -350,7 +350,7 @@ def train(args, checkpoint):
             means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
             seconds = (time.perf_counter() - start) / (iteration - first)
             rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
-            shown = [f"{name} {mean:.3f}" for name, mean in zip(COLUMNS[:5], means)]
+            shown = [f"{name} {mean:#.3g}" for name, mean in zip(COLUMNS[:5], means)]
             print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
                   f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
             sums.zero_()
