@@ -47,7 +47,7 @@ def one_line_errors():
         sys.exit(130)
     except (BadInput, OSError, MemoryError, RuntimeError) as error:
         if RANK and not isinstance(error, BadInput):
-            sys.stderr = sys.__stderr__  # of any process
+            sys.stderr = sys.__stderr__  # only it knows
         message = str(error) or "out of memory"
         if isinstance(error, RuntimeError) and not re.search("(of|enough|allocate) mem|state_dict", message):
             raise

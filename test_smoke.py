@@ -339,7 +339,7 @@ def test_load_images_from_folder_and_zip(tmp_path, capsys):
     turned, half, stripes = Image.Exif(), Image.new("L", (80, 40)), Image.new("RGB", (60, 20))
     turned[0x0112] = 6  # the white half, on the left, belongs on top
     half.paste(255, (0, 0, 40, 40))
-    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "run" / "ckpt.pt").mkdir(parents=True)
     half.save(tmp_path / "deep" / "b.JPEG", exif=turned, quality=95)
     stripes.paste("lime", (20, 0, 40, 20))  # what a centre crop keeps
     stripes.save(tmp_path / "a.png")
@@ -348,8 +348,7 @@ def test_load_images_from_folder_and_zip(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(tmp_path.rglob("*.[pJt]*")):
             archive.write(file, file.relative_to(tmp_path))
-    (tmp_path / "run" / "ckpt.pt").mkdir(parents=True)
-    stripes.save(tmp_path / "run" / "sample.png")
+    stripes.save(tmp_path / "deep" / "run" / "sample.png")
     for source in (tmp_path, tmp_path / "all.zip"):
         images, told = data.load_images(str(source), 16), capsys.readouterr().err
         assert images.shape == (2, 3, 16, 16) and images.dtype == torch.uint8
@@ -579,6 +578,7 @@ def test_compile_takes_each_network_and_changes_nothing(program, cats, tmp_path,
     plain = train(program, cats, tmp_path / "a", "--iters 2 --dtype fp32 --diffaug")
     assert_same_run(plain, train(program, cats, tmp_path / "b", "--iters 2 --dtype fp32 --diffaug --compile"))
     assert len(graphs) >= 2 and min(graphs) >= 5
+    assert not program.options(["--resume", str(tmp_path / "b"), "--no-compile"])[0].compile
 
 @pytest.mark.parametrize("program", [dcgan, cyclegan, data, diffaug])
 def test_the_source_keeps_its_shape_and_the_help_fits_a_terminal(program, monkeypatch, capsys):
