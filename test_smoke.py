@@ -453,23 +453,23 @@ def test_sigkill_and_resume_end_in_the_same_bits(cats, tmp_path):
     assert (a / "timelapse.gif").read_bytes() == (b / "timelapse.gif").read_bytes()
 
 def test_a_run_is_what_was_asked_for(cats, tmp_path):
-    """Seed, rates, average, in a second stage what is given anew; --decay from the middle to the end."""
-    for program in (dcgan, cyclegan):
-        folder = tmp_path / program.__name__
-        a, b = [train(program, cats, folder / seed, f"--iters 1 --seed {seed}") for seed in "01"]
+    """Seed, rates, average, pool, in a second stage what is given anew; --decay from the middle on."""
+    for program, names in ((dcgan, "ab"), (cyclegan, "cd")):
+        a, b = [train(program, cats, tmp_path / names[seed], f"--iters 1 --seed {seed}") for seed in (0, 1)]
         assert a["rows"][0][1] != b["rows"][0][1]
     first = "--iters 1 --g-lr 1e-5 --d-lr 1e-3 --ema 0 --deluxe --diffaug cutout"
-    saved = train(dcgan, cats, tmp_path / "a", first)
+    saved = train(dcgan, cats, tmp_path / "run", first)
     groups = [saved[name]["param_groups"][0] for name in ("optim_G", "optim_D")]
     assert [group["lr"] for group in groups] == [1e-5, 1e-3] and groups[0]["betas"] == (0.5, 0.999)
     assert torch.equal(saved["ema"]["1.running_mean"], saved["G"]["1.running_mean"])  # and all weights
-    train(dcgan, cats, tmp_path / "a", "--iters 3 --g-lr 1e-6 --diffaug")
-    saved = train(dcgan, cats, tmp_path / "a")  # finished: says so
+    train(dcgan, cats, tmp_path / "run", "--iters 3 --g-lr 1e-6 --diffaug")
+    saved = train(dcgan, cats, tmp_path / "run")  # finished: says so
     assert saved["iteration"] == 3 and saved["optim_G"]["param_groups"][0]["lr"] == 1e-6
     assert saved["options"]["diffaug"] == diffaug.PLAIN and saved["options"]["deluxe"] == "crop,flip"
     for iters, expected in ((2, 3e-4 * 2 / 3), (6, 3e-4 * 2 / 7)):
-        saved = train(cyclegan, cats, tmp_path / f"{iters}", f"--decay --g-lr 3e-4 --iters {iters}")
+        saved = train(cyclegan, cats, tmp_path / f"{iters}", f"--decay --g-lr 3e-4 --pool 5 --iters {iters}")
         assert saved["optim_G"]["param_groups"][0]["lr"] == pytest.approx(expected)
+        assert len(saved["pool_X"]["images"]) == len(saved["pool_Y"]["images"]) == 5
 
 @pytest.mark.parametrize("what", ["loss", "weight", "statistic"])
 def test_what_is_not_finite_stops_the_run_before_a_checkpoint(what, cats, tmp_path, monkeypatch):
