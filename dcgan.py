@@ -41,7 +41,7 @@ def options(argv=None):
     data.add_images(arg)
     arg = parser.add_argument_group("networks").add_argument
     arg("--width", type=int, default=32, help="channels of the largest layer (32); 64: better, slower")
-    arg("--z", type=int, default=100, help="length of the noise z (100)")
+    arg("--z", type=int, default=32, help="length of the noise z (32)")
     arg("--up", choices=("resize", "transpose"), default="resize",
         help="G upsamples and convolves, or has transposed convolutions, which leave a grid (resize)")
     arg("--norm", choices=("batch", "instance", "none"), default="batch", help="normalisation in G (batch)")
@@ -123,7 +123,7 @@ def init_weights(net):
 class Generator(nn.Sequential):
     """Noise [B, z, 1, 1] -> images [B, 3, size, size] in [-1, 1]. In the comments size 64, width 32."""
 
-    def __init__(self, size=64, width=32, z=100, up="resize", norm="batch", selu=False):
+    def __init__(self, size=64, width=32, z=32, up="resize", norm="batch", selu=False):
         norm = "none" if selu else norm
         bias = norm == "none"  # a norm subtracts the mean, and a constant with it
         widths = [width * 2 ** i for i in reversed(range(int(math.log2(size)) - 2))]  # 256, 128, 64, 32
