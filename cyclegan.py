@@ -77,8 +77,8 @@ def options(argv=None):
 
 # ---- Networks ----
 class UpConv(nn.Conv2d):
-    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W]. As in
-    dcgan.py, with weights of equal pixels added first."""
+    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W]. See
+    dcgan.py: weights of equal pixels are added first."""
 
     def __init__(self, inputs, outputs, bias=True):
         super().__init__(inputs, outputs, 3, bias=bias)
@@ -136,9 +136,7 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-
-    patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34.
-    """
+    patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34."""
 
     def __init__(self, size=64, width=32, patch=False):
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
@@ -186,9 +184,7 @@ class Pool:
 # ---- One step ----
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1].
-
-    Returns a tensor of COLUMNS, not yet weighted.
-    """
+    Returns a tensor of COLUMNS, not yet weighted."""
     with autocast:
         if args.identity:  # x is translated, y should stay: at once, as instance norm takes each image alone
             fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
@@ -408,7 +404,4 @@ def translate(args, checkpoint):
 if __name__ == "__main__":
     with data.one_line_errors():
         args, checkpoint = options()
-        if args.translate:
-            translate(args, checkpoint)
-        else:
-            train(args, checkpoint)
+        (translate if args.translate else train)(args, checkpoint)

@@ -248,10 +248,9 @@ def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
     arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS", type=names(["plain", *DELUXE]),
         help=f"augment the real images: some of {','.join(DELUXE)} (plain: crop,flip; if --diffaug "
-             "translates: flip in cyclegan.py, else none). No flip for letters")
+             "translates: flip in cyclegan.py, else none)")
     arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", metavar="OPS", type=names(diffaug.POLICIES),
-        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN}). "
-             "For less than 10,000 images")
+        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN})")
 
 
 # ---- Pictures out ----
@@ -324,8 +323,6 @@ def load_checkpoint(path, program):
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}; give the folder of a run, such as out/{program}")
     try:
-        with zipfile.ZipFile(path) as file:
-            assert not file.testzip()  # torch.load does not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["program"] == program
         return checkpoint

@@ -40,17 +40,17 @@ def options(argv=None):
     arg("--data", default="toy-grumpy", help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
     data.add_images(arg)
     arg = parser.add_argument_group("networks").add_argument
-    arg("--width", type=int, default=32, help="channels of the largest layer (32); 64: better, slower")
+    arg("--width", type=int, default=32, help="channels of D's first layer (32); 64: better, slower")
     arg("--z", type=int, default=32, help="length of the noise z (32)")
-    arg("--up", choices=("resize", "transpose"), default="resize",
-        help="G upsamples and convolves, or has transposed convolutions, which leave a grid (resize)")
-    arg("--norm", choices=("batch", "instance", "none"), default="batch", help="normalisation in G (batch)")
+    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the size (resize)")
+    arg("--norm", choices=("modulated", "batch", "instance", "none"), default="modulated",
+        help="norm in G; modulated: batch, scaled by z (modulated)")
     arg("--d-norm", choices=("batch", "instance", "none"), help="normalisation in D (none; wgan: batch)")
     arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
-    arg("--selu", action="store_true", help="SELU in place of normalisation and ReLU, in both networks")
+    arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
     arg("--minibatch-std", action=argparse.BooleanOptionalAction, default=True,
-        help="show D how much a batch varies, against fakes that look alike (on)")
+        help="show D how much a batch varies (on)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(lsgan)")
     arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
@@ -60,21 +60,20 @@ def options(argv=None):
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
     arg("--batch", type=int, default=16, help="images per iteration and process (16)")
-    arg("--iters", type=int, default=6400, help="iterations: steps of D (6400)")
+    arg("--iters", type=int, default=6400, help="steps of D (6400)")
     arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
     arg = parser.add_argument_group("the run").add_argument
     arg("--sample", metavar="RUN", help="don't train: draw from this run's averaged generator")
-    arg("--n", type=int, default=64, help="how many images --sample draws (64)")
+    arg("--n", type=int, default=64, help="images that --sample draws (64)")
     data.add_run(arg)
     args, checkpoint = data.parse(parser, argv, "dcgan", FIXED, "sample")
     if args.critic_iters is None:
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
-    if args.d_norm is None:  # through weights clipped at 0.01 every signal would fade
-        args.d_norm = "batch" if args.loss == "wgan" else "none"
-    if min(args.z - 1, args.n, args.critic_iters) < 1:
-        parser.error("--n and --critic-iters need at least 1, --z 2")
-    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
-        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target a number from -1 to 2")
+    args.d_norm = args.d_norm or ("batch" if args.loss == "wgan" else "none")  # clipped weights: signals fade
+    if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
+        parser.error("--n and --critic-iters need at least 1, --width and --z 2")
+    if not 0 <= args.smooth[0] <= args.smooth[1] <= 1:
+        parser.error("--smooth needs 0 <= LO <= HI <= 1")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.compile):
         parser.error("wgan-gp goes neither with --d-norm batch, which mixes images, nor with --compile")
     return args, checkpoint
@@ -84,11 +83,9 @@ def options(argv=None):
 class UpConv(nn.Conv2d):
     """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W].
 
-    A transposed 4x4 convolution reaches neighbouring pixels through different weights: it starts with a
-    checkerboard (Odena et al. 2016). This does not. Weights that meet equal pixels are added first: with
-    a b c doubled to a a b b c c, the first b becomes w0 a + (w1 + w2) b, the second (w0 + w1) b + w2 c. That
-    is a transposed convolution of stride 2 with the kernel (w2, w1 + w2, w0 + w1, w0).
-    """
+    It starts without a transposed convolution's checkerboard (Odena et al. 2016). Weights that meet equal
+    pixels are added first: with a b c doubled to a a b b c c, the first b becomes w0 a + (w1 + w2) b, the
+    second (w0 + w1) b + w2 c. So: a transposed convolution with the kernel w2, w1 + w2, w0 + w1, w0."""
 
     def __init__(self, inputs, outputs, bias=True):
         super().__init__(inputs, outputs, 3, bias=bias)
@@ -99,9 +96,22 @@ class UpConv(nn.Conv2d):
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
+class Modulated(nn.BatchNorm2d):
+    """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
+    x [B, C, H, W], z [B, Z, 1, 1] -> [B, C, H, W]."""
+
+    def __init__(self, channels, z):
+        super().__init__(channels, affine=False)
+        self.style = nn.Conv2d(z, 2 * channels, 1)
+
+    def forward(self, x, z):
+        scale, shift = self.style(z).chunk(2, dim=1)
+        return torch.addcmul(shift, super().forward(x), 1 + scale)
+
+
 class MinibatchStd(nn.Module):
     """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
-    (Karras et al. 2018). When G makes too few kinds of images, D sees it here."""
+    (Karras et al. 2018). So D sees when G makes too few kinds of images."""
 
     def forward(self, x):
         apart = x.float() - x.float().mean(dim=0)  # faster than var()
@@ -123,30 +133,34 @@ def init_weights(net):
 class Generator(nn.Sequential):
     """Noise [B, z, 1, 1] -> images [B, 3, size, size] in [-1, 1]. In the comments size 64, width 32."""
 
-    def __init__(self, size=64, width=32, z=32, up="resize", norm="batch", selu=False):
+    def __init__(self, size=64, width=32, z=32, up="resize", norm="modulated", selu=False):
         norm = "none" if selu else norm
         bias = norm == "none"  # a norm subtracts the mean, and a constant with it
-        widths = [width * 2 ** i for i in reversed(range(int(math.log2(size)) - 2))]  # 256, 128, 64, 32
-        layers = [nn.ConvTranspose2d(z, widths[0], 4, bias=bias)]  # [B, 256, 4, 4]
-        for inputs, outputs in zip(widths, [*widths[1:], 3]):  # [B, 128, 8, 8], ..., [B, 3, 64, 64]
-            layers += [*norm_layer(norm, inputs), nn.SELU() if selu else nn.ReLU()]
-            if up == "resize":
-                layers += [UpConv(inputs, outputs, bias or outputs == 3)]
-            else:
-                layers += [nn.ConvTranspose2d(inputs, outputs, 4, 2, padding=1, bias=bias or outputs == 3)]
-        super().__init__(*layers, nn.Tanh())
+        layers, inputs = [], z
+        for i in reversed(range(int(math.log2(size)) - 1)):
+            channels = width * 2 ** i // 2  # [B, 256, 4, 4], [B, 128, 8, 8], ..., [B, 16, 64, 64]
+            layers += [UpConv(inputs, channels, bias) if layers and up == "resize" else
+                       nn.ConvTranspose2d(inputs, channels, 4, 2, padding=1 if layers else 0, bias=bias)]
+            layers += [Modulated(channels, z)] if norm == "modulated" else norm_layer(norm, channels)
+            layers += [nn.SELU() if selu else nn.ReLU()]
+            inputs = channels
+        # Upsampled pixels are much alike. The last layer draws detail.
+        super().__init__(*layers, nn.Conv2d(inputs, 3, 3, padding=1), nn.Tanh())
         init_weights(self)
+
+    def forward(self, z):
+        x = z
+        for layer in self:
+            x = layer(x, z) if isinstance(layer, Modulated) else layer(x)
+        return x
 
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-
     patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34. Spectral
-    normalisation (Miyato et al. 2018) bounds D's slope: it divides weights by their largest singular value.
-    """
+    normalisation (Miyato et al. 2018) bounds D's slope: divides weights by their largest singular value."""
 
-    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False,
-                 minibatch_std=True):
+    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=True):
         norm = "none" if spectral or selu else norm
         halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
         layers, inputs = [], 3
@@ -156,16 +170,13 @@ class Discriminator(nn.Sequential):
             layers += norm_layer(norm if i > 0 else "none", channels)
             layers += [nn.SELU() if selu else nn.LeakyReLU(0.2)]
             inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
-        if minibatch_std:
-            layers += [MinibatchStd()]
-            inputs += 1
-        layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
+        layers += [MinibatchStd()] if std else []
+        layers += [nn.Conv2d(inputs + std, 1, 4, padding=int(patch))]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        if spectral:
-            for layer in self:
-                if isinstance(layer, nn.Conv2d):
-                    nn.utils.parametrizations.spectral_norm(layer)
+        for layer in self if spectral else ():
+            if isinstance(layer, nn.Conv2d):
+                nn.utils.parametrizations.spectral_norm(layer)
 
 
 def build(args, device):
@@ -206,9 +217,7 @@ def gradient_penalty(D, real, fake):
 # ---- One step ----
 def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     """Train D, and G if train_G. real: float [B, 3, size, size] in [-1, 1].
-
-    Returns a tensor of COLUMNS. With the vanilla loss, scores are probabilities.
-    """
+    Returns a tensor of COLUMNS. With the vanilla loss, scores are probabilities."""
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
     with autocast, torch.set_grad_enabled(train_G):
         fake = G(z)  # once for D's step and G's
@@ -220,13 +229,12 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     with autocast:
         score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
     loss_real, loss_fake = d_losses(score_real, score_fake, args)
-    penalty = torch.zeros_like(loss_real)
-    if args.loss == "wgan-gp":
-        penalty = gradient_penalty(D, seen_real, seen_fake)
+    gp = args.loss == "wgan-gp"
+    penalty = gradient_penalty(D, seen_real, seen_fake) if gp else torch.zeros_like(loss_real)
     (loss_real + loss_fake + 10 * penalty).backward()
     average_gradients(D)
-    # Nothing bounds D's scores, and a squared loss's gradient grows with them. One odd batch makes a large
-    # step, the next scores are worse, and in ten steps D is lost. Cutting the gradient to norm 1 ends that.
+    # Nothing bounds D's scores, and a squared loss's gradient grows with them. After one odd batch and its
+    # large step, D can be lost in ten more. Cutting the gradient to norm 1 ends that.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -392,7 +400,7 @@ def nearest(fakes, images):
 
 @torch.no_grad()
 def sample(args, checkpoint):
-    """Write RUN/generated/: grid.png, images/, walk.gif, walk.png (a row per leg), nearest.png."""
+    """Write RUN/generated/: grid.png, images/, walk.gif, walk.png, nearest.png."""
     device, _ = setup(args)
     G = build(args, device)[0].eval()
     G.load_state_dict(checkpoint["ema"])
@@ -401,7 +409,6 @@ def sample(args, checkpoint):
     walk = [slerp(a, b, t / 16) for a, b in zip(ends, ends.roll(-1, 0)) for t in range(16)]
     images = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, torch.stack(walk)]).split(64)])
     fakes, walk = images[:args.n], images[args.n:]
-
     folder = data.new_folder(args.out, Path(args.sample) / "generated")
     for i, image in enumerate(fakes):
         data.save_grid(image[None], folder / "images" / f"{i:05d}.png")
@@ -414,13 +421,10 @@ def sample(args, checkpoint):
     except data.BadInput as error:
         return print(f"no nearest.png: {error}")
     data.save_grid(torch.cat([fakes, nearest(fakes, images)], dim=2), folder / "nearest.png")
-    print("nearest.png: each sample above the training image that is nearest to it")
+    print("nearest.png: each sample above its nearest training image")
 
 
 if __name__ == "__main__":
     with data.one_line_errors():
         args, checkpoint = options()
-        if args.sample:
-            sample(args, checkpoint)
-        else:
-            train(args, checkpoint)
+        (sample if args.sample else train)(args, checkpoint)
