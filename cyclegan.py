@@ -57,7 +57,7 @@ def options(argv=None):
     arg("--iters", type=int, default=10000, help="iterations: steps of all networks (10000)")
     arg("--ema", type=float, default=0.999, help="decay of the averaged generators; 0: no average (0.999)")
     arg = parser.add_argument_group("the run").add_argument
-    arg("--translate", metavar="RUN", help="don't train: translate with this run's averaged generators")
+    arg("--translate", metavar="RUN", help="translate with this run's averaged generators")
     arg("--input", metavar="PATH", help="an image, a folder or .zip of them, or drawn cats")
     arg("--to", choices=("X", "Y"), default="Y", help="translate into this set (Y)")
     data.add_run(arg)
@@ -259,7 +259,7 @@ def setup(args):
     device = torch.device(found if args.device == "auto" else args.device)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # native
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # each process its own
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         bf16 = torch.cuda.get_device_capability() >= (8, 0)

@@ -323,6 +323,7 @@ def load_checkpoint(path, program):
     if not path.is_file():
         raise BadInput(f"no checkpoint {path}; give the folder of a run, such as out/{program}")
     try:
+        assert not zipfile.ZipFile(path).testzip()  # torch.load misses a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         assert checkpoint["program"] == program
         return checkpoint

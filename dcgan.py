@@ -45,7 +45,7 @@ def options(argv=None):
     arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the size (resize)")
     arg("--norm", choices=("modulated", "batch", "instance", "none"), default="modulated",
         help="norm in G; modulated: batch, scaled by z (modulated)")
-    arg("--d-norm", choices=("batch", "instance", "none"), help="normalisation in D (none; wgan: batch)")
+    arg("--d-norm", choices=("batch", "instance", "none"), help="norm in D (none; wgan: batch)")
     arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
@@ -63,17 +63,17 @@ def options(argv=None):
     arg("--iters", type=int, default=6400, help="steps of D (6400)")
     arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
     arg = parser.add_argument_group("the run").add_argument
-    arg("--sample", metavar="RUN", help="don't train: draw from this run's averaged generator")
-    arg("--n", type=int, default=64, help="images that --sample draws (64)")
+    arg("--sample", metavar="RUN", help="draw from this run's averaged generator")
+    arg("--n", type=int, default=64, help="images to draw (64)")
     data.add_run(arg)
     args, checkpoint = data.parse(parser, argv, "dcgan", FIXED, "sample")
     if args.critic_iters is None:
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
-    args.d_norm = args.d_norm or ("batch" if args.loss == "wgan" else "none")  # clipped weights: signals fade
+    args.d_norm = args.d_norm or ("batch" if args.loss == "wgan" else "none")  # clipped: signals fade
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
-    if not 0 <= args.smooth[0] <= args.smooth[1] <= 1:
-        parser.error("--smooth needs 0 <= LO <= HI <= 1")
+    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
+        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.compile):
         parser.error("wgan-gp goes neither with --d-norm batch, which mixes images, nor with --compile")
     return args, checkpoint
@@ -85,7 +85,7 @@ class UpConv(nn.Conv2d):
 
     It starts without a transposed convolution's checkerboard (Odena et al. 2016). Weights that meet equal
     pixels are added first: with a b c doubled to a a b b c c, the first b becomes w0 a + (w1 + w2) b, the
-    second (w0 + w1) b + w2 c. So: a transposed convolution with the kernel w2, w1 + w2, w0 + w1, w0."""
+    second (w0 + w1) b + w2 c. So: a transposed one with the kernel w2, w1 + w2, w0 + w1, w0."""
 
     def __init__(self, inputs, outputs, bias=True):
         super().__init__(inputs, outputs, 3, bias=bias)
@@ -111,7 +111,7 @@ class Modulated(nn.BatchNorm2d):
 
 class MinibatchStd(nn.Module):
     """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
-    (Karras et al. 2018). So D sees when G makes too few kinds of images."""
+    (Karras et al. 2018). So D sees too few kinds of images."""
 
     def forward(self, x):
         apart = x.float() - x.float().mean(dim=0)  # faster than var()
@@ -221,7 +221,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
     with autocast, torch.set_grad_enabled(train_G):
         fake = G(z)  # once for D's step and G's
-    fake = fake.float()  # losses and augmentation are computed in float32
+    fake = fake.float()  # losses and augmentation in float32
 
     # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may see both.
     D.requires_grad_(True)
@@ -288,7 +288,7 @@ def setup(args):
     device = torch.device(found if args.device == "auto" else args.device)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # native
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # each process its own
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
         bf16 = torch.cuda.get_device_capability() >= (8, 0)

@@ -11,7 +11,6 @@ import threading
 import zipfile
 from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # for tiny networks the fastest, also in the processes that tests start
-
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,6 @@ import cyclegan
 import data
 import dcgan
 import diffaug
-
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 SMALL = ("--size 32 --width 4 --batch 4 --iters 2 --log-every 1 --sample-every 2 --save-every 2 "
          "--device cpu").split()
@@ -489,14 +487,16 @@ def test_what_is_not_finite_stops_the_run_before_a_checkpoint(what, cats, tmp_pa
     assert data.load_checkpoint(tmp_path / "run" / "ckpt.pt", "dcgan")["iteration"] == 2
 
 def test_a_checkpoint_is_whole_and_can_not_run_code(tmp_path, monkeypatch):
-    """A failed write leaves the old file; half a file and code are refused."""
-    path = tmp_path / "ckpt.pt"
-    data.save_checkpoint({"program": "dcgan", "iteration": 7, "sums": torch.arange(999.)}, path)
+    """A failed write leaves the old file; a flipped bit, unseen by torch, and code are refused."""
+    path, numbers = tmp_path / "ckpt.pt", torch.arange(999.)
+    data.save_checkpoint({"program": "dcgan", "iteration": 7, "sums": numbers}, path)
     monkeypatch.setattr(os, "fsync", None)
     with pytest.raises(TypeError):
         data.save_checkpoint({"program": "dcgan", "iteration": 8}, path)
     assert data.load_checkpoint(path, "dcgan")["iteration"] == 7 and names(tmp_path) == ["ckpt.pt"]
-    path.write_bytes(path.read_bytes()[:2000])
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(numbers.numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(raw)
     for _ in range(2):
         with pytest.raises(data.BadInput, match="damaged"):
             data.load_checkpoint(path, "dcgan")
@@ -506,8 +506,8 @@ BAD_INPUT = [  # program, command line, words of the message
     (dcgan, "--data nowhere", "nowhere is not"), (cyclegan, "--X run/samples --Y nowhere", "nowhere is not"),
     (dcgan, "--data empty", "no usable image in empty"), (dcgan, "--data damaged.zip", "whole .zip"),
     (cyclegan, "--deluxe flip,", "no '' among"), (cyclegan, "--batch 0", "at least 1"),
-    (dcgan, "--width 1", "--width and --z 2"),
     (dcgan, "--g-lr nan", "between 0 and 1"), (dcgan, "--smooth 0.9 0.2", "LO <= HI"),
+    (dcgan, "--width 1", "--width and --z 2"), (dcgan, "--g-target 9", "-1 to 2"),
     (cyclegan, "--lambda-cycle nan", "--lambda-cycle"), (cyclegan, "--pool 3", "--pool"),
     (cyclegan, "--X run/samples", "--X and --Y"), (dcgan, "--diffaug colour", "'colour' among color, "),
     (dcgan, "--loss wgan-gp --d-norm batch", "--d-norm"), (dcgan, "--loss wgan-gp --compile", "--compile"),
