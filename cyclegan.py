@@ -324,7 +324,7 @@ def train(args, checkpoint):
         average(ema_XY, G_XY, args.ema, iteration)
         average(ema_YX, G_YX, args.ema, iteration)
 
-        # Since the last row of the log: losses, iterations, and whether any process was told to stop.
+        # Since the last row: losses, iterations, whether any process was told to stop.
         sums[:-2] += losses
         sums[-2] += 1
         sums[-1] += len(signals)

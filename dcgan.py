@@ -233,8 +233,8 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     penalty = gradient_penalty(D, seen_real, seen_fake) if gp else torch.zeros_like(loss_real)
     (loss_real + loss_fake + 10 * penalty).backward()
     average_gradients(D)
-    # Nothing bounds D's scores, and a squared loss's gradient grows with them. After one odd batch and its
-    # large step, D can be lost in ten more. Cutting the gradient to norm 1 ends that.
+    # Nothing bounds D's scores, and a squared loss's gradient grows with them. So the large step after one
+    # odd batch could ruin D. Cutting the gradient to norm 1 ends that.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -345,7 +345,7 @@ def train(args, checkpoint):
         if train_G:
             average(ema, G, args.ema, iteration)
 
-        # Since the last row of the log: losses, iterations, and whether any process was told to stop.
+        # Since the last row: losses, iterations, whether any process was told to stop.
         sums[:-2] += losses
         sums[-2] += 1
         sums[-1] += len(signals)
