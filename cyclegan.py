@@ -40,7 +40,7 @@ def options(argv=None):
     arg("--Y", default="toy-grumpy", help="the other set: unpaired")
     data.add_images(arg)
     arg = parser.add_argument_group("networks").add_argument
-    arg("--width", type=int, default=32, help="channels of the largest layer (32); 64: better, slower")
+    arg("--width", type=int, default=32, help="channels of the first layer (32); 64: better, slower")
     arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg = parser.add_argument_group("training").add_argument
@@ -48,7 +48,7 @@ def options(argv=None):
         help="a translation must lead back to its original (plain: l1)")
     arg("--lambda-cycle", type=float, default=2.0, help="weight of that (2); less: more change")
     arg("--identity", type=float, default=2.0,
-        help="weight of another: G_XY must leave Y as it is, which keeps colours (2)")
+        help="weight: G_XY must leave Y as it is, which keeps colours (2)")
     arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
     arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
     arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
@@ -90,7 +90,7 @@ class UpConv(nn.Conv2d):
 
 
 def init_weights(net):
-    """N(0, 0.02) for every convolution (Radford et al. 2016)."""
+    """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, std=0.02)
@@ -113,7 +113,7 @@ class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H, W multiples of 4.
 
     In the comments size 64, width 32. At 256 px and width 64 it is the paper's, with 7x7 layers at both ends,
-    but for norms next to the image. They would make a bright image equal to a dark one.
+    but UpConv, and no norms next to the image: they would make a bright image equal to a dark one.
     """
 
     def __init__(self, size=64, width=32, blocks=3):
@@ -157,7 +157,7 @@ def build(args, device):
 
 
 class Pool:
-    """Up to `size` earlier fakes, to be half of what D sees, lest it forget (Shrivastava et al. 2017)."""
+    """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017)."""
 
     def __init__(self, size):
         self.size, self.images = size, torch.empty(0)

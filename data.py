@@ -3,7 +3,7 @@
     python data.py get apple2orange                   # CycleGAN's data sets, to datasets/
     python data.py preview FOLDER --deluxe --diffaug  # preview.png: what D will see
 
-An image is uint8 [3, H, W] until it is in a batch. Then it is float in [-1, 1].
+An image is uint8 [3, H, W] until deluxe(). From there it is float in [-1, 1].
 """
 import argparse
 import contextlib
@@ -219,7 +219,7 @@ def stretch(x, size):
 DELUXE = {"crop": diffaug.window, "flip": flip, "zoom": zoom, "jitter": jitter, "autocontrast": stretch}
 
 
-def plain(args):  # translation does a crop's work; flips then help CycleGAN only, which has args.cycle
+def plain(args):  # translation does a crop's work; flips for CycleGAN only, which has args.cycle
     instead = "flip" if hasattr(args, "cycle") else ""
     ops = args.deluxe.replace("plain", instead if "translation" in args.diffaug else "crop,flip").split(",")
     return ",".join(filter(None, ops))
@@ -256,7 +256,7 @@ def add_images(arg):
 
 # ---- Pictures out ----
 def save_grid(images, path, columns=8):
-    """Float images [N, 3, H, W] in [-1, 1] -> a PNG with just their colours."""
+    """Float images [N, 3, H, W] in [-1, 1] -> a PNG, colours unscaled."""
     Path(path).parent.mkdir(exist_ok=True)
     save_image(images.float(), path, nrow=columns, normalize=True, value_range=(-1, 1))
 
@@ -338,7 +338,7 @@ def new_parser(doc):  # without usage: one-line errors
 
 
 def add_run(arg):
-    arg("--out", metavar="DIR", help="folder of the run (out/NAME)")
+    arg("--out", metavar="DIR", help="folder to write (out/NAME)")
     arg("--resume", metavar="RUN", help="go on with this run, with its options and those given here")
     arg("--seed", type=int, default=0, help="another seed is another run (0)")
     arg("--device", default="auto", help="cuda, mps or cpu (auto)")

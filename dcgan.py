@@ -75,7 +75,7 @@ def options(argv=None):
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
         parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.compile):
-        parser.error("wgan-gp goes neither with --d-norm batch, which mixes images, nor with --compile")
+        parser.error("wgan-gp goes neither with --d-norm batch nor with --compile")
     return args, checkpoint
 
 
@@ -111,7 +111,7 @@ class Modulated(nn.BatchNorm2d):
 
 class MinibatchStd(nn.Module):
     """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
-    (Karras et al. 2018). So D sees too few kinds of images."""
+    (Karras et al. 2018). It shows D when G repeats itself."""
 
     def forward(self, x):
         apart = x.float() - x.float().mean(dim=0)  # faster than var()
@@ -124,7 +124,7 @@ def norm_layer(norm, channels):
 
 
 def init_weights(net):
-    """N(0, 0.02) for every convolution (Radford et al. 2016)."""
+    """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, std=0.02)

@@ -1,12 +1,12 @@
 """DiffAugment: differentiable augmentation for GANs with few images (Zhao et al. 2020, arXiv:2006.10738).
 
 With 200 real images D soon knows each by heart, and what it then tells G is worthless. Augmenting the
-real images alone does not cure this: where they have odd colours, G learns to draw odd colours.
+real images alone helps, but leaks: where they have odd colours, G learns to draw odd colours.
 
 DiffAugment augments everything that D looks at, real and fake, in D's step and in G's. So G has no reason
 to imitate it. In G's step the gradient comes back through the augmentation: hence "differentiable".
 
-Each function takes float images [B, C, H, W] in [-1, 1] and returns the same shape. Each image gets its
+augment() takes float images [B, C, H, W] in [-1, 1] and returns the same shape. Each image gets its
 own random numbers, new ones at every call, drawn on its device.
 """
 import torch
