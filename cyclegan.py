@@ -8,12 +8,19 @@
 Two games as in dcgan.py, with pictures for noise. G_XY turns pictures of X into what D_Y takes
 for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy one. The
 cycle ties the two together: from the translation, G_YX must restore the original.
+
+Three things are not as Zhu et al. had them. Up to 128 px G is smaller, and it doubles sizes by
+copying pixels. No norm stands next to an image, and none in D. Samples come from a running
+average of each G. Close to the paper, for 1000 pictures a set:
+
+    python cyclegan.py --patch --cycle --deluxe --size 256 --width 64 --lambda-cycle 10
+        --identity 5 --batch 1 --g-lr 2e-4 --d-lr 1e-4 --decay --ema 0 --iters 200000
 """
 import copy
+import itertools
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -26,73 +33,15 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor
 import data
 import diffaug
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-# ---- Options ----
-FIXED = "size width blocks patch".split()  # once trained
-
-
-def options(argv=None):
-    """-> the options, and the checkpoint of the run that they name, or None."""
-    parser = data.new_parser(__doc__)
-    arg = parser.add_argument_group("data").add_argument
-    arg("--X", default="toy-blue", help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
-    arg("--Y", default="toy-grumpy", help="the other set: unpaired")
-    data.add_images(arg)
-    arg = parser.add_argument_group("networks").add_argument
-    arg("--width", type=int, default=32, help="channels of the first layer (32); 64: better, slower")
-    arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
-    arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
-    arg = parser.add_argument_group("training").add_argument
-    arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
-        help="a translation must lead back to its original (plain: l1)")
-    arg("--lambda-cycle", type=float, default=2.0, help="weight of that (2); less: more change")
-    arg("--identity", type=float, default=2.0,
-        help="weight: G_XY must leave Y as it is, which keeps colours (2)")
-    arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
-    arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
-    arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
-    arg("--decay", action="store_true", help="rates fall to 0 in the second half of the run")
-    arg("--batch", type=int, default=4, help="images of each set per iteration and process (4)")
-    arg("--iters", type=int, default=10000, help="iterations: steps of all networks (10000)")
-    arg("--ema", type=float, default=0.999, help="decay of the averaged generators; 0: no average (0.999)")
-    arg = parser.add_argument_group("the run").add_argument
-    arg("--translate", metavar="RUN", help="translate with this run's averaged generators")
-    arg("--input", metavar="PATH", help="an image, a folder or .zip of them, or drawn cats")
-    arg("--to", choices=("X", "Y"), default="Y", help="translate into this set (Y)")
-    data.add_run(arg)
-    args, checkpoint = data.parse(parser, argv, "cyclegan", FIXED, "translate")
-    if (args.translate is None) != (args.input is None):
-        parser.error("--translate RUN and --input PATH go together")
-    if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
-        parser.error("--lambda-cycle, --identity and --pool can't be negative")
-    if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
-        parser.error("--X and --Y go together, and drawn cats with drawn cats")
-    if 0 < args.pool < args.batch:
-        parser.error("--pool needs to be 0, or at least --batch")
-    if args.blocks is None:
-        args.blocks = 9 if args.size == 256 else 3
-    return args, checkpoint
-
+RANK, WORLD = 0, 1  # this process's number, and how many there are
+if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 # ---- Networks ----
-class UpConv(nn.Conv2d):
-    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W]. See
-    dcgan.py: weights of equal pixels are added first."""
-
-    def __init__(self, inputs, outputs, bias=True):
-        super().__init__(inputs, outputs, 3, bias=bias)
-        self.register_buffer("fold", torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]), False)
-
-    def forward(self, x):
-        kernel = torch.einsum("ia,jb,kcab->ckij", self.fold, self.fold, self.weight)  # [C, K, 4, 4]
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-
-
 def init_weights(net):
     """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
     for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
 
 
@@ -109,51 +58,65 @@ class ResidualBlock(nn.Module):
         return x + self.f(x)
 
 
+def up_conv(inputs, outputs):
+    """[B, C, H, W] -> [B, K, 2H, 2W]. Pixels doubled first: no checkerboard (Odena et al. 2016)."""
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)]
+
+
 class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H, W multiples of 4.
-
-    In the comments size 64, width 32. At 256 px and width 64 it is the paper's, with 7x7 layers at both ends,
-    but UpConv, and no norms next to the image: they would make a bright image equal to a dark one.
-    """
+    In the comments size 64, width 32. No norm next to the image, or a dark one would look as a bright one."""
 
     def __init__(self, size=64, width=32, blocks=3):
-        inner = 2 * width
-        down = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(),  # [B, 32, 32, 32]
-                nn.Conv2d(width, inner, 3, stride=2, padding=1)]  # [B, 64, 16, 16]
-        up = [UpConv(inner, width), nn.ReLU(), UpConv(width, 3)]  # [B, 32, 32, 32], [B, 3, 64, 64]
-        if size == 256:
+        if size == 256:  # two layers more, of 7 x 7
             inner = 4 * width
             down = [nn.ReflectionPad2d(3), nn.Conv2d(3, width, 7), nn.ReLU(),
                     nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
                     nn.InstanceNorm2d(2 * width), nn.ReLU(),
-                    nn.Conv2d(2 * width, inner, 3, stride=2, padding=1)]
-            up = [UpConv(inner, 2 * width), nn.InstanceNorm2d(2 * width), nn.ReLU(),
-                  UpConv(2 * width, width), nn.ReLU(), nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
-        middle = [ResidualBlock(inner) for _ in range(blocks)]
-        super().__init__(*down, nn.InstanceNorm2d(inner), nn.ReLU(), *middle, *up, nn.Tanh())
+                    nn.Conv2d(2 * width, inner, 3, stride=2, padding=1), nn.InstanceNorm2d(inner), nn.ReLU()]
+            up = [*up_conv(inner, 2 * width), nn.InstanceNorm2d(2 * width), nn.ReLU(),
+                  *up_conv(2 * width, width), nn.ReLU(), nn.ReflectionPad2d(3), nn.Conv2d(width, 3, 7)]
+        else:
+            inner = 2 * width
+            down = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(),  # [B, 32, 32, 32]
+                    nn.Conv2d(width, inner, 3, stride=2, padding=1), nn.InstanceNorm2d(inner), nn.ReLU()]
+            up = [*up_conv(inner, width), nn.ReLU(), *up_conv(width, 3)]  # [B, 32, 32, 32], [B, 3, 64, 64]
+        middle = [ResidualBlock(inner) for _ in range(blocks)]  # [B, 64, 16, 16]
+        super().__init__(*down, *middle, *up, nn.Tanh())
         init_weights(self)
 
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34."""
+    patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34 x 34.
+    spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018): that limits,
+    up to a factor, how steeply D's score can change."""
 
-    def __init__(self, size=64, width=32, patch=False):
-        halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
-        layers, inputs = [], 3
-        for i in range(halvings + 1 if patch else halvings):  # a PatchGAN has one more, of stride 1
-            channels, stride = width * 2 ** i, 2 if i < halvings else 1
+    def __init__(self, size=64, width=32, spectral=False, patch=False):
+        strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
+        if patch:
+            strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
+        channels = width
+        layers = [nn.Conv2d(3, channels, 4, strides[0], padding=1), nn.LeakyReLU(0.2)]  # [B, 32, 32, 32]
+        for stride in strides[1:]:
+            inputs, channels = channels, min(8 * width, 2 * channels)
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1), nn.LeakyReLU(0.2)]
-            inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
-        layers += [nn.Conv2d(inputs, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
+            # [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
+        layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
+        if spectral:
+            for layer in self:
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.parametrizations.spectral_norm(layer)
 
 
 def build(args, device):
     Gs = [Generator(args.size, args.width, args.blocks) for _ in "XY"]
-    Ds = [Discriminator(args.size, args.width, args.patch) for _ in "XY"]
-    return [net.to(device, memory_format=torch.channels_last) for net in Gs + Ds]
+    Ds = [Discriminator(args.size, args.width, args.spectral_norm, args.patch) for _ in "XY"]
+    mps = torch.device(device).type == "mps"  # where channels-last is slow
+    layout = torch.contiguous_format if mps else torch.channels_last
+    return [net.to(device, memory_format=layout) for net in Gs + Ds]
 
 
 class Pool:
@@ -184,7 +147,7 @@ class Pool:
 # ---- One step ----
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1].
-    Returns a tensor of COLUMNS, not yet weighted."""
+    Returns losses and scores by name, each a tensor of one number, as nothing here waits for the device."""
     with autocast:
         if args.identity:  # x is translated, y should stay: at once, as instance norm takes each image alone
             fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
@@ -192,76 +155,72 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
         else:
             fake_y, fake_x = G_XY(x).float(), G_YX(y).float()
 
-    # Train D. detach: D's loss must not reach G. Real and fake together: this D has no norm.
-    losses_D, scores = [], []
-    for D, real, fake, pool in ((D_X, x, fake_x, pools[0]), (D_Y, y, fake_y, pools[1])):
+    # Train D. detach: D's loss must not reach G.
+    losses, scores = {}, {}
+    for name, D, real, fake, pool in (("D_X", D_X, x, fake_x, pools[0]), ("D_Y", D_Y, y, fake_y, pools[1])):
         D.requires_grad_(True)
-        seen = diffaug.augment(torch.cat([real, pool.swap(fake.detach())]), args.diffaug)
+        seen_real = diffaug.augment(real, args.diffaug)
+        seen_fake = diffaug.augment(pool.swap(fake.detach()), args.diffaug)
         with autocast:
-            score_real, score_fake = D(seen).float().chunk(2)
-        losses_D.append(((score_real - 1) ** 2).mean() + (score_fake ** 2).mean())
-        scores += [score_real.mean(), score_fake.mean()]
-    (losses_D[0] + losses_D[1]).backward()
-    for D in (D_X, D_Y):
-        average_gradients(D)
-        nn.utils.clip_grad_norm_(D.parameters(), 1)  # see dcgan.py
-        D.requires_grad_(False)
+            score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
+        losses[name] = ((score_real - 1) ** 2).mean() + (score_fake ** 2).mean()
+        scores |= {f"{name}(real)": score_real.mean(), f"{name}(fake)": score_fake.mean()}
+    (losses["D_X"] + losses["D_Y"]).backward()
+    average_over_processes(weight.grad for D in (D_X, D_Y) for weight in D.parameters())
+    for D in (D_X, D_Y):  # all gradients of D equally long, as one odd batch would stay in Adam's memory
+        nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
 
     # Train G, through D that stand still.
+    D_X.requires_grad_(False)
+    D_Y.requires_grad_(False)
     with autocast:
         score_x = D_X(diffaug.augment(fake_x, args.diffaug)).float()
         score_y = D_Y(diffaug.augment(fake_y, args.diffaug)).float()
-    loss_XY, loss_YX = ((score_y - 1) ** 2).mean(), ((score_x - 1) ** 2).mean()
-    cycle_x = cycle_y = identity = torch.zeros_like(loss_XY)
+    losses |= {"G_XY": ((score_y - 1) ** 2).mean(), "G_YX": ((score_x - 1) ** 2).mean()}
+    loss_G = losses["G_XY"] + losses["G_YX"]
     if args.cycle != "none":
-        distance = F.mse_loss if args.cycle == "l2" else F.l1_loss
         with autocast:
             back_x, back_y = G_YX(fake_y).float(), G_XY(fake_x).float()
-        cycle_x, cycle_y = distance(back_x, x), distance(back_y, y)
+        distance = F.mse_loss if args.cycle == "l2" else F.l1_loss
+        losses |= {"cycle_X": distance(back_x, x), "cycle_Y": distance(back_y, y)}
+        loss_G = loss_G + args.lambda_cycle * (losses["cycle_X"] + losses["cycle_Y"])
     if args.identity:
-        identity = F.l1_loss(same_y, y) + F.l1_loss(same_x, x)
-    (loss_XY + loss_YX + args.lambda_cycle * (cycle_x + cycle_y) + args.identity * identity).backward()
-    average_gradients(G_XY)
-    average_gradients(G_YX)
+        losses["identity"] = F.l1_loss(same_y, y) + F.l1_loss(same_x, x)
+        loss_G = loss_G + args.identity * losses["identity"]
+    loss_G.backward()
+    average_over_processes(weight.grad for G in (G_XY, G_YX) for weight in G.parameters())
     optim_G.step()
     optim_G.zero_grad()
-    return torch.stack([*losses_D, loss_XY, loss_YX, cycle_x, cycle_y, identity, *scores]).detach()
+    return {name: value.detach() for name, value in (losses | scores).items()}
 
 
-def average_gradients(net):
-    """Over all processes, so that they take the same step."""
+def average_over_processes(tensors):
+    """In place. Of gradients: so that all processes take the same step."""
     if WORLD > 1:
-        for weight in net.parameters():
-            dist.all_reduce(weight.grad)
-            weight.grad /= WORLD
-
-
-@torch.no_grad()
-def average(ema, G, decay, iteration):
-    """Move the averaged generator towards G, at first fast, to forget the random start."""
-    decay = min(decay, (1 + iteration) / (10 + iteration))
-    for mean, now in zip(ema.parameters(), G.parameters()):
-        mean.lerp_(now, 1 - decay)
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= WORLD
 
 
 # ---- The loop ----
-COLUMNS = ["D_X", "D_Y", "G_XY", "G_YX", "cycle_X", "cycle_Y", "identity",
-           "D_X(real)", "D_X(fake)", "D_Y(real)", "D_Y(fake)"]  # of the log; truth_error follows
-
-
 def setup(args):
-    """-> the device, and the networks' precision: a context."""
-    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    if args.device not in ("auto", "cpu", found):
-        raise data.BadInput(f"--device {args.device}: torch finds only {found}")
-    device = torch.device(found if args.device == "auto" else args.device)
-    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # native
+    """-> the device, and a context in which networks compute in bf16, if the hardware does."""
+    # Linux takes large freed blocks back, and new ones cost thousands of page faults an iteration. Once a
+    # block of nearly 32 MiB was freed, its C library keeps them: a tenth more images/s on a CPU.
+    torch.empty(33_000_000, dtype=torch.uint8)
+    with data.mendable(f"--device {args.device}", Exception):
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = torch.device(found if args.device == "auto" else args.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if WORLD > 1 else 0)
+        torch.zeros(1, device=device)  # is it there?
+    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
         dist.init_process_group()
@@ -274,9 +233,25 @@ def optimizer(nets, rate):
     return torch.optim.Adam(weights, rate, betas=(0.5, 0.999), fused=True)
 
 
+def floats(*nets):
+    """Their weights, and the estimates of spectral norm."""
+    return [value for net in nets for value in net.state_dict().values()]
+
+
+def average(ema_values, G_values, decay, iteration):
+    """Move the averaged generators towards G, at first fast, to forget the random start."""
+    torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
+
+
+def truth_error(ema_XY, ema_YX, truth):
+    """Mean |difference| of translations of drawn cats and the same cats drawn in the other breed."""
+    x, y = truth
+    return (F.l1_loss(ema_XY(x), y) + F.l1_loss(ema_YX(y), x)).item() / 2
+
+
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
-        return print(f"{args.resume} is at iteration {checkpoint['iteration']}; give more --iters")
+        return data.say(f"{args.resume} is at iteration {checkpoint['iteration']}: give more --iters")
     device, autocast = setup(args)
     sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
     if device.type != "cuda" or sets[0].nbytes + sets[1].nbytes < torch.cuda.mem_get_info()[0] / 3:
@@ -288,85 +263,75 @@ def train(args, checkpoint):
 
     torch.manual_seed(args.seed)
     G_XY, G_YX, D_X, D_Y = nets = build(args, device)
-    ema_XY, ema_YX = copy.deepcopy(G_XY), copy.deepcopy(G_YX)
-    if args.compile:
-        for net in nets:
-            net.forward = torch.compile(net.forward)
+    ema_XY, ema_YX = [copy.deepcopy(G).requires_grad_(False) for G in (G_XY, G_YX)]
     optim_G, optim_D = optimizer([G_XY, G_YX], args.g_lr), optimizer([D_X, D_Y], args.d_lr)
     pools = Pool(args.pool), Pool(args.pool)
     parts = {"G_XY": G_XY, "G_YX": G_YX, "D_X": D_X, "D_Y": D_Y, "ema_XY": ema_XY, "ema_YX": ema_YX,
              "optim_G": optim_G, "optim_D": optim_D, "pool_X": pools[0], "pool_Y": pools[1]}
-    iteration, rows, sums = 0, [], torch.zeros(len(COLUMNS) + 2, device=device)
+    iteration, rows, recent = 0, [], []  # rows of the log, and the losses since the last row
     if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        iteration, rows, sums = checkpoint["iteration"], checkpoint["rows"], checkpoint["sums"].to(device)
-        sums[-1] = 0  # a stop that was asked for then
-    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
-    print(f"{folder}: {len(sets[0])} images of {args.X} and {len(sets[1])} of {args.Y} at {args.size} px, "
-          f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
-    few = min(8, *map(len, sets))
+        data.restore(parts, checkpoint)
+        iteration, rows = checkpoint["iteration"], checkpoint["rows"]
+        recent = [{name: value.to(device) for name, value in old.items()} for old in checkpoint["recent"]]
+    ema_values, G_values = floats(ema_XY, ema_YX), floats(G_XY, G_YX)
+    few = min(8, len(sets[0]), len(sets[1]))
     fixed_x, fixed_y = [center_crop(images[:few].to(device), args.size) / 127.5 - 1 for images in sets]
+    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
+    data.say(f"{folder}: {len(sets[0])} images of {args.X} and {len(sets[1])} of {args.Y} at {args.size} px, "
+             f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
-    signals, stop, first, start = [], False, iteration, time.perf_counter()
-    for kind in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
-        signal.signal(kind, lambda number, frame: signals.append(number))
+    signals, stop, first, start = data.catch_signals(), False, iteration, time.perf_counter()
+    random = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
-        torch.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
+        random.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         decay = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * decay, args.d_lr * decay
         k = (iteration - 1) * WORLD + RANK
         x, y = [data.deluxe(data.batch(images, args.batch, k, args.seed + i, device), args.size, args.deluxe)
                 for i, images in enumerate(sets)]
         losses = step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast)
-        average(ema_XY, G_XY, args.ema, iteration)
-        average(ema_YX, G_YX, args.ema, iteration)
+        average(ema_values, G_values, args.ema, iteration)
 
-        # Since the last row: losses, iterations, whether any process was told to stop.
-        sums[:-2] += losses
-        sums[-2] += 1
-        sums[-1] += len(signals)
-        last, stop = iteration == args.iters, bool(signals) and WORLD == 1
-        if iteration % args.log_every == 0 or last:
-            if WORLD > 1:
-                dist.all_reduce(sums)
-            data.check_finite([sums], iteration)  # the one place that waits for the device
-            *means, count, told = sums.tolist()
-            means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
-            error = 0.0
+        recent.append(losses)
+        last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
+        log = last or iteration % args.log_every == 0
+        if WORLD > 1:  # the processes stop together, at a row of the log
+            told = torch.tensor(float(stop), device=device)
+            average_over_processes([told] if log else [])
+            stop = log and told.item() > 0
+        sample = RANK == 0 and (last or iteration % args.sample_every == 0)
+        save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
+        if log or save:
+            unsure = [*floats(*nets), *(value for old in recent for value in old.values())]
+            data.check_finite(unsure, iteration)  # waits for the device
+        if log:
+            names = dict.fromkeys(name for old in recent for name in old)  # at some steps G has no loss
+            row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
+            average_over_processes(row.values())
             if truth:
-                with torch.no_grad():
-                    error = F.l1_loss(ema_XY(truth[0]), truth[1]) + F.l1_loss(ema_YX(truth[1]), truth[0])
-            means.append(float(f"{error / 2:.5g}"))
+                row["truth_error"] = truth_error(ema_XY, ema_YX, truth)
             seconds = (time.perf_counter() - start) / (iteration - first)
-            rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
-            shown = [f"{name} {mean:#.3g}" for name, mean in zip(COLUMNS[:6], means)]
-            print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
-                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
-            sums.zero_()
-            first, start = iteration, time.perf_counter()
-        if RANK == 0 and (iteration % args.sample_every == 0 or last):
-            with torch.no_grad():
-                y, x = ema_XY(fixed_x), ema_YX(fixed_y)
-                images = torch.cat([fixed_x, y, ema_YX(y), fixed_y, x, ema_XY(x)])
-            data.save_grid(images, folder / "samples" / f"{iteration:06d}.png", columns=few)
-        if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
-            weights = [weight for net in nets for weight in net.state_dict().values()]
-            data.check_finite([sums, *weights], iteration)
+            row["images/s"] = args.batch * WORLD / seconds
+            rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
+            recent, first, start = [], iteration, time.perf_counter()
+        if save:  # before all that is for show, and may fail
             data.save_checkpoint({
-                "program": "cyclegan", "iteration": iteration, "rows": rows, "sums": sums,
-                "options": vars(args) | {"out": None, "resume": None, "device": "auto"},
-                **{name: part.state_dict() for name, part in parts.items()}}, folder / "ckpt.pt")
-            data.save_views(COLUMNS + ["truth_error"], rows, folder, gif=last or stop)
-    stop = iteration < args.iters
-    print("stopped" if stop else "finished", f"at iteration {iteration}: {folder}")
+                "program": "cyclegan", "iteration": iteration, "rows": rows, "recent": recent,
+                "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
+        if log:
+            data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
+        if sample:
+            y, x = ema_XY(fixed_x), ema_YX(fixed_y)
+            for_X, for_Y = (fixed_x, y, ema_YX(y)), (fixed_y, x, ema_XY(x))
+            data.save_sheet(torch.cat([*for_X, *for_Y]), folder, iteration, columns=few)
+        if save:
+            data.save_views(rows, folder, last or stop)
+
     if WORLD > 1:
         dist.destroy_process_group()
-    if stop:
-        print(f"go on with: python cyclegan.py --resume {folder}")
-        sys.exit(128 + signals[0] if signals else 143)
+    data.end("cyclegan", folder, iteration, args.iters, signals)
 
 
 # ---- Translating ----
@@ -378,10 +343,12 @@ def read_pictures(source, side):
         return image.resize([round(scale * n) for n in image.size])
 
     taken = set()
-    for name, image in data.read(source, data.find_images(source, held_out=True), resize):
-        name = Path(name).stem
-        while name.lower() in taken:  # in another folder or format
-            name += "-2"
+    for path, image in data.read(source, data.find_images(source, held_out=True), resize):
+        name = stem = data.shorten(Path(path).stem)
+        for k in itertools.count(2):
+            if name.lower() not in taken:
+                break
+            name = f"{stem}-{k}"  # there is one in another folder or format
         taken.add(name.lower())
         yield f"{name}.png", pil_to_tensor(image)[None] / 127.5 - 1
 
@@ -390,15 +357,69 @@ def read_pictures(source, side):
 def translate(args, checkpoint):
     """Write a PNG per input to RUN/translated_to_X or _Y: under its own name, at its own proportions."""
     device, _ = setup(args)
-    G = build(args, device)[0]
-    G.load_state_dict(checkpoint["ema_XY" if args.to == "Y" else "ema_YX"])
-    folder = None
+    G, folder = build(args, device)[0], None
+    data.restore({"ema_XY" if args.to == "Y" else "ema_YX": G}, checkpoint)
     for name, image in read_pictures(args.input, args.size):
         folder = folder or data.new_folder(args.out, Path(args.translate) / f"translated_to_{args.to}")
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
-        data.save_grid(G(padded.to(device))[:, :, :height, :width], folder / name)
-    print(folder)
+        result = G(padded.to(device))[:, :, :height, :width]
+        data.save_png(data.to_pillow(result), folder / name)
+    data.say(folder)
+
+
+# ---- Options ----
+OF_THE_NETWORKS = "size width blocks patch spectral_norm".split()
+
+
+def options(argv=None):
+    """-> the options, and the checkpoint of the run that they name, or None."""
+    parser = data.new_parser(__doc__)
+    arg = parser.add_argument_group("data").add_argument
+    arg("--X", type=data.path, default="toy-blue",
+        help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
+    arg("--Y", type=data.path, default="toy-grumpy", help="the other set: unpaired")
+    data.add_images(arg)
+    arg = parser.add_argument_group("networks").add_argument
+    arg("--width", type=int, default=32, help="channels of the first layer (32)")
+    arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
+    arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
+    arg("--spectral-norm", action="store_true", help="in both D: calms losses that jump")
+    arg = parser.add_argument_group("training").add_argument
+    arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
+        help="a translation must lead back to its original (plain: l1)")
+    arg("--lambda-cycle", type=float, help="weight of that (2); less: more change")
+    arg("--identity", type=float, default=2.0,
+        help="weight: G_XY must leave Y as it is, which keeps colours (2)")
+    arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
+    arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
+    arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
+    arg("--decay", action="store_true", help="rates fall to 0 in the second half of the run")
+    arg("--batch", type=int, default=4, help="images of each set per iteration and process (4)")
+    arg("--iters", type=int, default=10000, help="iterations: steps of all networks (10000)")
+    arg("--ema", type=float, default=0.999, help="decay of the averaged generators; 0: no average (0.999)")
+    arg = parser.add_argument_group("the run").add_argument
+    arg("--translate", type=data.path, metavar="RUN", help="translate with this run's averaged generators")
+    arg("--input", type=data.path, metavar="PATH", help="an image, a folder or .zip of them, or drawn cats")
+    arg("--to", choices=("X", "Y"), default="Y", help="translate into this set (Y)")
+    data.add_run(arg)
+    args, checkpoint = data.parse(parser, argv, "cyclegan", "translate")
+    if args.cycle == "none" and args.lambda_cycle != parser.get_default("lambda_cycle"):
+        parser.error("--lambda-cycle needs --cycle")
+    if args.lambda_cycle is None:
+        args.lambda_cycle = 2.0
+    if args.blocks is None:
+        args.blocks = 9 if args.size == 256 else 3
+    data.check(parser, args, checkpoint, OF_THE_NETWORKS, "translate")
+    if (args.translate is None) != (args.input is None):
+        parser.error("--translate RUN and --input PATH go together")
+    if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
+        parser.error("--lambda-cycle, --identity and --pool can't be negative")
+    if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
+        parser.error("--X and --Y go together, and drawn cats with drawn cats")
+    if 0 < args.pool < args.batch:
+        parser.error("--pool needs to be 0, or at least --batch")
+    return args, checkpoint
 
 
 if __name__ == "__main__":

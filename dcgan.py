@@ -8,13 +8,19 @@
 Two networks play against each other. The generator G turns noise z into an image. The
 discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
 scores 1. Nobody ever tells G what a cat is.
+
+Four things are not as Radford et al. had them. G doubles the size by copying pixels. The noise
+steers each of its norms. D has no norm, but sees how much a batch varies. Samples come from a
+running average of G. Close to the paper, for tens of thousands of pictures:
+
+    python dcgan.py --up transpose --norm batch --d-norm batch --no-minibatch-std --ema 0
+        --loss vanilla --z 100 --width 128 --batch 128 --g-lr 2e-4 --d-lr 2e-4
 """
 import argparse
 import copy
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -22,80 +28,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import center_crop
 
 import data
 import diffaug
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-# ---- Options ----
-FIXED = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()  # once trained
-
-
-def options(argv=None):
-    """-> the options, and the checkpoint of the run that they name, or None."""
-    parser = data.new_parser(__doc__)
-    arg = parser.add_argument_group("data").add_argument
-    arg("--data", default="toy-grumpy", help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
-    data.add_images(arg)
-    arg = parser.add_argument_group("networks").add_argument
-    arg("--width", type=int, default=32, help="channels of D's first layer (32); 64: better, slower")
-    arg("--z", type=int, default=32, help="length of the noise z (32)")
-    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the size (resize)")
-    arg("--norm", choices=("modulated", "batch", "instance", "none"), default="modulated",
-        help="norm in G; modulated: batch, scaled by z (modulated)")
-    arg("--d-norm", choices=("batch", "instance", "none"), help="norm in D (none; wgan: batch)")
-    arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
-    arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
-    arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
-    arg("--minibatch-std", action=argparse.BooleanOptionalAction, default=True,
-        help="show D how much a batch varies (on)")
-    arg = parser.add_argument_group("training").add_argument
-    arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan", help="(lsgan)")
-    arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
-    arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
-        help="draw D's target for real images from U(LO, HI): 0.8 0.9 if D is too sure (1 1)")
-    arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
-    arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
-    arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
-    arg("--batch", type=int, default=16, help="images per iteration and process (16)")
-    arg("--iters", type=int, default=6400, help="steps of D (6400)")
-    arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
-    arg = parser.add_argument_group("the run").add_argument
-    arg("--sample", metavar="RUN", help="draw from this run's averaged generator")
-    arg("--n", type=int, default=64, help="images to draw (64)")
-    data.add_run(arg)
-    args, checkpoint = data.parse(parser, argv, "dcgan", FIXED, "sample")
-    if args.critic_iters is None:
-        args.critic_iters = 5 if args.loss.startswith("wgan") else 1
-    args.d_norm = args.d_norm or ("batch" if args.loss == "wgan" else "none")  # clipped: signals fade
-    if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
-        parser.error("--n and --critic-iters need at least 1, --width and --z 2")
-    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
-        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
-    if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.compile):
-        parser.error("wgan-gp goes neither with --d-norm batch nor with --compile")
-    return args, checkpoint
-
+RANK, WORLD = 0, 1  # this process's number, and how many there are
+if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 # ---- Networks ----
-class UpConv(nn.Conv2d):
-    """Nearest-neighbour upsampling x2, then a 3x3 convolution: [B, C, H, W] -> [B, K, 2H, 2W].
-
-    It starts without a transposed convolution's checkerboard (Odena et al. 2016). Weights that meet equal
-    pixels are added first: with a b c doubled to a a b b c c, the first b becomes w0 a + (w1 + w2) b, the
-    second (w0 + w1) b + w2 c. So: a transposed one with the kernel w2, w1 + w2, w0 + w1, w0."""
-
-    def __init__(self, inputs, outputs, bias=True):
-        super().__init__(inputs, outputs, 3, bias=bias)
-        self.register_buffer("fold", torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]), False)
-
-    def forward(self, x):
-        kernel = torch.einsum("ia,jb,kcab->ckij", self.fold, self.fold, self.weight)  # [C, K, 4, 4]
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
-
-
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
     x [B, C, H, W], z [B, Z, 1, 1] -> [B, C, H, W]."""
@@ -106,7 +48,7 @@ class Modulated(nn.BatchNorm2d):
 
     def forward(self, x, z):
         scale, shift = self.style(z).chunk(2, dim=1)
-        return torch.addcmul(shift, super().forward(x), 1 + scale)
+        return torch.addcmul(shift, super().forward(x), 1 + scale)  # shift + x * (1 + scale)
 
 
 class MinibatchStd(nn.Module):
@@ -119,8 +61,15 @@ class MinibatchStd(nn.Module):
         return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
 
 
-def norm_layer(norm, channels):
-    return {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
+def norm_layers(norm, channels, z=None):
+    """-> a list of one layer, or of none."""
+    if norm == "modulated":
+        return [Modulated(channels, z)]
+    if norm == "batch":
+        return [nn.BatchNorm2d(channels)]
+    if norm == "instance":
+        return [nn.InstanceNorm2d(channels)]
+    return []
 
 
 def init_weights(net):
@@ -135,17 +84,21 @@ class Generator(nn.Sequential):
 
     def __init__(self, size=64, width=32, z=32, up="resize", norm="modulated", selu=False):
         norm = "none" if selu else norm
-        bias = norm == "none"  # a norm subtracts the mean, and a constant with it
-        layers, inputs = [], z
-        for i in reversed(range(int(math.log2(size)) - 1)):
-            channels = width * 2 ** i // 2  # [B, 256, 4, 4], [B, 128, 8, 8], ..., [B, 16, 64, 64]
-            layers += [UpConv(inputs, channels, bias) if layers and up == "resize" else
-                       nn.ConvTranspose2d(inputs, channels, 4, 2, padding=1 if layers else 0, bias=bias)]
-            layers += [Modulated(channels, z)] if norm == "modulated" else norm_layer(norm, channels)
-            layers += [nn.SELU() if selu else nn.ReLU()]
-            inputs = channels
-        # Upsampled pixels are much alike. The last layer draws detail.
-        super().__init__(*layers, nn.Conv2d(inputs, 3, 3, padding=1), nn.Tanh())
+        bias = norm == "none"  # a norm would take it out again
+        side, channels = 4, min(8, size // 8) * width
+        layers = [nn.ConvTranspose2d(z, channels, 4, bias=bias)]  # [B, 256, 4, 4]
+        layers += [*norm_layers(norm, channels, z), nn.SELU() if selu else nn.ReLU()]
+        while side < size:
+            side *= 2
+            inputs, channels = channels, min(8 * width, width * size // side // 2)
+            if up == "transpose":
+                layers += [nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1, bias=bias)]
+            else:  # pixels doubled first: no checkerboard to start from (Odena et al. 2016)
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, channels, 3, padding=1, bias=bias)]
+            layers += [*norm_layers(norm, channels, z), nn.SELU() if selu else nn.ReLU()]
+            # [B, 128, 8, 8], [B, 64, 16, 16], [B, 32, 32, 32], [B, 16, 64, 64]
+        layers += [nn.Conv2d(channels, 3, 3, padding=1), nn.Tanh()]  # [B, 3, 64, 64]
+        super().__init__(*layers)
         init_weights(self)
 
     def forward(self, z):
@@ -157,53 +110,56 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): a score has seen 70 x 70 pixels, at 64 px 34 x 34. Spectral
-    normalisation (Miyato et al. 2018) bounds D's slope: divides weights by their largest singular value."""
+    patch=True is a PatchGAN (Isola et al. 2017): a score's convolutions see 70 x 70 pixels, at 64 px 34 x 34.
+    spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018): that limits,
+    up to a factor, how steeply D's score can change."""
 
     def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=True):
         norm = "none" if spectral or selu else norm
-        halvings = min(3, int(math.log2(size)) - 4) if patch else int(math.log2(size)) - 2
-        layers, inputs = [], 3
-        for i in range(halvings + 1 if patch else halvings):  # a PatchGAN has one more, of stride 1
-            channels, stride = width * 2 ** i, 2 if i < halvings else 1
-            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=i == 0 or norm == "none")]
-            layers += norm_layer(norm if i > 0 else "none", channels)
-            layers += [nn.SELU() if selu else nn.LeakyReLU(0.2)]
-            inputs = channels  # [B, 32, 32, 32], [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
-        layers += [MinibatchStd()] if std else []
-        layers += [nn.Conv2d(inputs + std, 1, 4, padding=int(patch))]  # no norm, no activation
+        strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
+        if patch:
+            strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
+        channels = width
+        layers = [nn.Conv2d(3, channels, 4, strides[0], padding=1), nn.SELU() if selu else nn.LeakyReLU(0.2)]
+        for stride in strides[1:]:  # [B, 32, 32, 32] so far
+            inputs, channels = channels, min(8 * width, 2 * channels)
+            layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=norm == "none")]
+            layers += [*norm_layers(norm, channels), nn.SELU() if selu else nn.LeakyReLU(0.2)]
+            # [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
+        if std:
+            layers += [MinibatchStd()]
+            channels += 1
+        layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        for layer in self if spectral else ():
-            if isinstance(layer, nn.Conv2d):
-                nn.utils.parametrizations.spectral_norm(layer)
+        if spectral:
+            for layer in self:
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.parametrizations.spectral_norm(layer)
 
 
 def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
     D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
                       args.minibatch_std)
-    return [net.to(device, memory_format=torch.channels_last) for net in (G, D)]
+    mps = torch.device(device).type == "mps"  # where channels-last is slow
+    layout = torch.contiguous_format if mps else torch.channels_last
+    return [net.to(device, memory_format=layout) for net in (G, D)]
 
 
 # ---- Losses ----
-def d_losses(real, fake, args):
-    """D's scores of real and of fake images -> its loss on each."""
-    target = diffaug.uniform(real, *args.smooth)  # one-sided (Salimans et al. 2016)
+def d_losses(D, real, fake, score_real, score_fake, args):
+    """Images that D saw and its scores of them -> D's losses by name. It learns from their sum."""
+    target = diffaug.uniform(score_real, *args.smooth)  # 1, or one-sided smoothing (Salimans et al. 2016)
     if args.loss == "lsgan":  # Mao et al. 2017, equation 9
-        return ((real - target) ** 2).mean(), (fake ** 2).mean()
+        return {"D_real": ((score_real - target) ** 2).mean(), "D_fake": (score_fake ** 2).mean()}
     if args.loss == "vanilla":  # Goodfellow et al. 2014: -t log D(x) - (1 - t) log(1 - D(x)), D a sigmoid
-        return (F.softplus(real) - target * real).mean(), F.softplus(fake).mean()
-    return -real.mean(), fake.mean()  # Arjovsky et al. 2017
-
-
-def g_loss(fake, args):
-    """D's scores of G's images -> G's loss."""
-    if args.loss == "lsgan":
-        return ((fake - args.g_target) ** 2).mean()
-    if args.loss == "vanilla":  # -log D(G(z)): steeper than log(1 - D(G(z))) where D is sure
-        return F.softplus(-fake).mean()
-    return -fake.mean()
+        return {"D_real": (F.softplus(score_real) - target * score_real).mean(),
+                "D_fake": F.softplus(score_fake).mean()}
+    losses = {"D_real": -score_real.mean(), "D_fake": score_fake.mean()}  # Arjovsky et al. 2017
+    if args.loss == "wgan-gp":
+        losses["penalty"] = 10 * gradient_penalty(D, real, fake)
+    return losses
 
 
 def gradient_penalty(D, real, fake):
@@ -214,27 +170,38 @@ def gradient_penalty(D, real, fake):
     return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
 
 
+def g_loss(score, args):
+    """D's scores of G's images -> G's loss."""
+    if args.loss == "lsgan":
+        return ((score - args.g_target) ** 2).mean()
+    if args.loss == "vanilla":  # -log D(G(z)): steeper than log(1 - D(G(z))) where D is sure
+        return F.softplus(-score).mean()
+    return -score.mean()
+
+
+def mean_score(score, args):
+    """For the log. With the vanilla loss, scores become probabilities."""
+    return (score.sigmoid() if args.loss == "vanilla" else score).mean()
+
+
 # ---- One step ----
 def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     """Train D, and G if train_G. real: float [B, 3, size, size] in [-1, 1].
-    Returns a tensor of COLUMNS. With the vanilla loss, scores are probabilities."""
+    Returns losses and scores by name, each a tensor of one number, as nothing here waits for the device."""
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
-    with autocast, torch.set_grad_enabled(train_G):
-        fake = G(z)  # once for D's step and G's
-    fake = fake.float()  # losses and augmentation in float32
+    with autocast:
+        fake = G(z).float()  # once for D's step and G's; losses and augmentation are in float32
 
-    # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may see both.
+    # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may mix their statistics.
     D.requires_grad_(True)
-    seen_real, seen_fake = diffaug.augment(torch.cat([real, fake.detach()]), args.diffaug).chunk(2)
+    seen_real, seen_fake = diffaug.augment(real, args.diffaug), diffaug.augment(fake.detach(), args.diffaug)
     with autocast:
         score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
-    loss_real, loss_fake = d_losses(score_real, score_fake, args)
-    gp = args.loss == "wgan-gp"
-    penalty = gradient_penalty(D, seen_real, seen_fake) if gp else torch.zeros_like(loss_real)
-    (loss_real + loss_fake + 10 * penalty).backward()
-    average_gradients(D)
-    # Nothing bounds D's scores, and a squared loss's gradient grows with them. So the large step after one
-    # odd batch could ruin D. Cutting the gradient to norm 1 ends that.
+    losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
+    sum(losses.values()).backward()
+    average_over_processes(weight.grad for weight in D.parameters())
+    # Adam remembers one odd batch's large gradient for a thousand steps, in which D hardly moves. Practically
+    # every gradient is longer than 1, so this makes all equally long: at 128 px cats form only with it.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -243,54 +210,45 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
             weight.data.clamp_(-0.01, 0.01)
 
     # Train G, through a D that stands still.
-    loss_G = g_loss(score_fake, args)  # only logged, if G rests
     if train_G:
         D.requires_grad_(False)
         with autocast:
             score = D(diffaug.augment(fake, args.diffaug)).float()
-        loss_G = g_loss(score, args)
-        loss_G.backward()
-        average_gradients(G)
+        losses["G"] = g_loss(score, args)
+        losses["G"].backward()
+        average_over_processes(weight.grad for weight in G.parameters())
         optim_G.step()
         optim_G.zero_grad()
 
-    if args.loss == "vanilla":
-        score_real, score_fake = score_real.sigmoid(), score_fake.sigmoid()
-    return torch.stack([loss_real, loss_fake, loss_G, score_real.mean(), score_fake.mean(), penalty]).detach()
+    losses |= {"D(real)": mean_score(score_real, args), "D(fake)": mean_score(score_fake, args)}
+    return {name: value.detach() for name, value in losses.items()}
 
 
-def average_gradients(net):
-    """Over all processes, so that they take the same step."""
+def average_over_processes(tensors):
+    """In place. Of gradients: so that all processes take the same step."""
     if WORLD > 1:
-        for weight in net.parameters():
-            dist.all_reduce(weight.grad)
-            weight.grad /= WORLD
-
-
-@torch.no_grad()
-def average(ema, G, decay, iteration):
-    """Move the averaged generator towards G, at first fast, to forget the random start."""
-    decay = min(decay, (1 + iteration) / (10 + iteration))
-    for mean, now in zip(ema.state_dict().values(), G.state_dict().values()):
-        if mean.is_floating_point():  # weights, and the statistics of batch norm
-            mean.lerp_(now, 1 - decay)
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= WORLD
 
 
 # ---- The loop ----
-COLUMNS = ["D_real", "D_fake", "G", "D(real)", "D(fake)", "penalty"]  # of the log
-
-
 def setup(args):
-    """-> the device, and the networks' precision: a context."""
-    found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    if args.device not in ("auto", "cpu", found):
-        raise data.BadInput(f"--device {args.device}: torch finds only {found}")
-    device = torch.device(found if args.device == "auto" else args.device)
-    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # native
+    """-> the device, and a context in which networks compute in bf16, if the hardware does."""
+    # Linux takes large freed blocks back, and new ones cost thousands of page faults an iteration. Once a
+    # block of nearly 32 MiB was freed, its C library keeps them: a tenth more images/s on a CPU.
+    torch.empty(33_000_000, dtype=torch.uint8)
+    with data.mendable(f"--device {args.device}", Exception):
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = torch.device(found if args.device == "auto" else args.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if WORLD > 1 else 0)
+        torch.zeros(1, device=device)  # is it there?
+    bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = True
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
         dist.init_process_group()
@@ -304,82 +262,108 @@ def optimizer(net, rate, loss):
     return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
 
+def floats(net):
+    """Its weights, and the statistics of its norms."""
+    return [value for value in net.state_dict().values() if value.is_floating_point()]
+
+
+def average(ema_values, G_values, decay, iteration):
+    """Move the averaged generator towards G, at first fast, to forget the random start."""
+    torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
+
+
+@torch.no_grad()
+def score_as_they_are(D, images, args):
+    """D's mean score of float images, not augmented. In batches as in training, as D may look at a batch."""
+    D = copy.deepcopy(D)  # a look would change the estimates of spectral norm
+    images = center_crop(images, args.size)
+    batches = [batch for batch in images.split(args.batch) if len(batch) == args.batch] or [images]
+    return torch.stack([mean_score(D(batch), args) for batch in batches]).mean().item()
+
+
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
-        return print(f"{args.resume} is at iteration {checkpoint['iteration']}; give more --iters")
+        return data.say(f"{args.resume} is at iteration {checkpoint['iteration']}: give more --iters")
     device, autocast = setup(args)
     images = data.load_images(args.data, data.load_size(args.size, args.deluxe))
+    if args.hold_out:  # every so many-th image stays out of training
+        if not args.batch <= args.hold_out <= len(images) // 2:
+            raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
+        chosen = {i * len(images) // args.hold_out for i in range(args.hold_out)}
+        unseen = images[sorted(chosen)].to(device) / 127.5 - 1
+        images = images[[i for i in range(len(images)) if i not in chosen]]
+        trained = images[:args.hold_out].to(device) / 127.5 - 1
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
 
     torch.manual_seed(args.seed)
     G, D = build(args, device)
-    ema = copy.deepcopy(G).eval()
-    if args.compile:
-        G.forward, D.forward = torch.compile(G.forward), torch.compile(D.forward)
+    ema = copy.deepcopy(G).eval().requires_grad_(False)
     optim_G, optim_D = optimizer(G, args.g_lr, args.loss), optimizer(D, args.d_lr, args.loss)
     parts = {"G": G, "D": D, "ema": ema, "optim_G": optim_G, "optim_D": optim_D}
-    iteration, rows, sums = 0, [], torch.zeros(len(COLUMNS) + 2, device=device)
+    iteration, rows, recent = 0, [], []  # rows of the log, and the losses since the last row
     if checkpoint:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+        data.restore(parts, checkpoint)
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr
-        iteration, rows, sums = checkpoint["iteration"], checkpoint["rows"], checkpoint["sums"].to(device)
-        sums[-1] = 0  # a stop that was asked for then
-    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
-    print(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
-          f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}", flush=True)
+        iteration, rows = checkpoint["iteration"], checkpoint["rows"]
+        recent = [{name: value.to(device) for name, value in old.items()} for old in checkpoint["recent"]]
+    ema_values, G_values = floats(ema), floats(G)
     fixed_z = torch.randn(64, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed)).to(device)
+    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
+    data.say(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
+             f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
-    signals, stop, first, start = [], False, iteration, time.perf_counter()
-    for kind in (signal.SIGINT, signal.SIGTERM):  # both end the loop in good order
-        signal.signal(kind, lambda number, frame: signals.append(number))
+    signals, stop, first, start = data.catch_signals(), False, iteration, time.perf_counter()
+    random = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
-        torch.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
+        random.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         batch = data.batch(images, args.batch, (iteration - 1) * WORLD + RANK, args.seed, device)
         real = data.deluxe(batch, args.size, args.deluxe)
         train_G = iteration % args.critic_iters == 0
         losses = step(G, D, optim_G, optim_D, real, train_G, args, autocast)
         if train_G:
-            average(ema, G, args.ema, iteration)
+            average(ema_values, G_values, args.ema, iteration)
 
-        # Since the last row: losses, iterations, whether any process was told to stop.
-        sums[:-2] += losses
-        sums[-2] += 1
-        sums[-1] += len(signals)
-        last, stop = iteration == args.iters, bool(signals) and WORLD == 1
-        if iteration % args.log_every == 0 or last:
-            if WORLD > 1:
-                dist.all_reduce(sums)
-            data.check_finite([sums], iteration)  # the one place that waits for the device
-            *means, count, told = sums.tolist()
-            means, stop = [float(f"{mean / count:.5g}") for mean in means], told > 0
+        recent.append(losses)
+        last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
+        log = last or iteration % args.log_every == 0
+        if WORLD > 1:  # the processes stop together, at a row of the log
+            told = torch.tensor(float(stop), device=device)
+            average_over_processes([told] if log else [])
+            stop = log and told.item() > 0
+        sample = RANK == 0 and (last or iteration % args.sample_every == 0)
+        save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
+        if log or save:
+            unsure = [*floats(G), *floats(D), *(value for old in recent for value in old.values())]
+            data.check_finite(unsure, iteration)  # waits for the device
+        if log:
+            names = dict.fromkeys(name for old in recent for name in old)  # at some steps G has no loss
+            row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
+            average_over_processes(row.values())
+            if args.hold_out:
+                row["D(trained)"] = score_as_they_are(D, trained, args)
+                row["D(unseen)"] = score_as_they_are(D, unseen, args)
+                row["D(generated)"] = score_as_they_are(D, ema(fixed_z), args)
             seconds = (time.perf_counter() - start) / (iteration - first)
-            rows.append([iteration, *means, round(args.batch * WORLD / seconds, 1)])
-            shown = [f"{name} {mean:#.3g}" for name, mean in zip(COLUMNS[:5], means)]
-            print(f"{iteration}/{args.iters}", *shown, f"{rows[-1][-1]:.0f} images/s",
-                  f"{seconds * (args.iters - iteration) / 60:.0f} min left", sep="  ", flush=True)
-            sums.zero_()
-            first, start = iteration, time.perf_counter()
-        if RANK == 0 and (iteration % args.sample_every == 0 or last):
-            with torch.no_grad():
-                data.save_grid(ema(fixed_z), folder / "samples" / f"{iteration:06d}.png")
-        if RANK == 0 and (iteration % args.save_every == 0 or last or stop):
-            data.check_finite([sums, *G.state_dict().values(), *D.state_dict().values()], iteration)
+            row["images/s"] = args.batch * WORLD / seconds
+            rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
+            recent, first, start = [], iteration, time.perf_counter()
+        if save:  # before all that is for show, and may fail
             data.save_checkpoint({
-                "program": "dcgan", "iteration": iteration, "rows": rows, "sums": sums,
-                "options": vars(args) | {"out": None, "resume": None, "device": "auto"},
-                **{name: part.state_dict() for name, part in parts.items()}}, folder / "ckpt.pt")
-            data.save_views(COLUMNS, rows, folder, gif=last or stop)
-    stop = iteration < args.iters
-    print("stopped" if stop else "finished", f"at iteration {iteration}: {folder}")
+                "program": "dcgan", "iteration": iteration, "rows": rows, "recent": recent,
+                "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
+        if log:
+            data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
+        if sample:
+            data.save_sheet(ema(fixed_z), folder, iteration)
+        if save:
+            data.save_views(rows, folder, last or stop)
+
     if WORLD > 1:
         dist.destroy_process_group()
-    if stop:
-        print(f"go on with: python dcgan.py --resume {folder}")
-        sys.exit(128 + signals[0] if signals else 143)
+    data.end("dcgan", folder, iteration, args.iters, signals)
 
 
 # ---- Sampling ----
@@ -403,25 +387,84 @@ def sample(args, checkpoint):
     """Write RUN/generated/: grid.png, images/, walk.gif, walk.png, nearest.png."""
     device, _ = setup(args)
     G = build(args, device)[0].eval()
-    G.load_state_dict(checkpoint["ema"])
+    data.restore({"ema": G}, checkpoint)
     z = torch.randn(args.n + 6, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed))
     z, ends = z[:args.n], z[args.n:]
-    walk = [slerp(a, b, t / 16) for a, b in zip(ends, ends.roll(-1, 0)) for t in range(16)]
-    images = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, torch.stack(walk)]).split(64)])
-    fakes, walk = images[:args.n], images[args.n:]
+    walk = [torch.stack([slerp(a, b, t / 16) for a, b in zip(ends, ends.roll(-1, 0))]) for t in range(16)]
+    made = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, *walk]).split(64)])
+    fakes, walk = made[:args.n], made[args.n:].split(6)  # six walks, each to where the next begins
     folder = data.new_folder(args.out, Path(args.sample) / "generated")
-    for i, image in enumerate(fakes):
-        data.save_grid(image[None], folder / "images" / f"{i:05d}.png")
-    data.save_grid(fakes, folder / "grid.png")
-    data.save_grid(walk[::2], folder / "walk.png")
-    data.save_gif([to_pil_image((image + 1) / 2) for image in walk], folder / "walk.gif", 60)
-    print(f"{folder}: images, grid.png, walk.gif, walk.png")
-    try:
-        images = data.load_images(args.data, args.size)
-    except data.BadInput as error:
-        return print(f"no nearest.png: {error}")
-    data.save_grid(torch.cat([fakes, nearest(fakes, images)], dim=2), folder / "nearest.png")
-    print("nearest.png: each sample above its nearest training image")
+    with data.mendable(f"can't write {folder}"):
+        for i, fake in enumerate(fakes):
+            data.save_png(data.to_pillow(fake[None]), folder / "images" / f"{i:05d}.png")
+        data.save_png(data.to_pillow(fakes), folder / "grid.png")
+        data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
+        data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
+        data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
+        try:
+            images = data.load_images(args.data, args.size)
+        except data.BadInput as error:
+            return data.say(f"no nearest.png: {error}")
+        pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
+        data.save_png(data.to_pillow(pairs), folder / "nearest.png")
+    data.say("nearest.png: each sample above its nearest training image")
+
+
+# ---- Options ----
+OF_THE_NETWORKS = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()
+
+
+def options(argv=None):
+    """-> the options, and the checkpoint of the run that they name, or None."""
+    parser = data.new_parser(__doc__)
+    arg = parser.add_argument_group("data").add_argument
+    arg("--data", type=data.path, default="toy-grumpy",
+        help="folder or .zip of images; drawn: toy-grumpy, toy-blue (toy-grumpy)")
+    data.add_images(arg)
+    arg("--hold-out", type=int, default=0, metavar="N",
+        help="keep N images out of training: the log then says whether D knows the others by heart (0)")
+    arg = parser.add_argument_group("networks").add_argument
+    arg("--width", type=int, default=32, help="channels of D's first layer (32)")
+    arg("--z", type=int, default=32, help="length of the noise z (32)")
+    arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the size (resize)")
+    arg("--norm", choices=("modulated", "batch", "instance", "none"), default="modulated",
+        help="norm in G; modulated: batch norm, scaled and shifted by z (modulated)")
+    arg("--d-norm", choices=("batch", "instance", "none"), help="norm in D (none; wgan: batch)")
+    arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
+    arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
+    arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
+    arg("--minibatch-std", action=argparse.BooleanOptionalAction, default=True,
+        help="show D how much a batch varies (on)")
+    arg = parser.add_argument_group("training").add_argument
+    arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
+        help="lsgan: squared distances to 1 and 0; vanilla: log-likelihood, as in the first GANs; wgan, "
+             "wgan-gp: scores of limited slope, slower (lsgan)")
+    arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
+    arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
+        help="draw D's target for real images from U(LO, HI): 0.8 0.9 if D is too sure (1 1)")
+    arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
+    arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
+    arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
+    arg("--batch", type=int, default=16, help="images per iteration and process (16)")
+    arg("--iters", type=int, default=6400, help="iterations: steps of D (6400)")
+    arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
+    arg = parser.add_argument_group("the run").add_argument
+    arg("--sample", type=data.path, metavar="RUN", help="draw from this run's averaged generator")
+    arg("--n", type=int, default=64, help="images to draw (64)")
+    data.add_run(arg)
+    args, checkpoint = data.parse(parser, argv, "dcgan", "sample")
+    if args.critic_iters is None:
+        args.critic_iters = 5 if args.loss.startswith("wgan") else 1
+    if args.d_norm is None:  # clipped weights are small: without a norm, D's signals fade from layer to layer
+        args.d_norm = "batch" if args.loss == "wgan" else "none"
+    data.check(parser, args, checkpoint, OF_THE_NETWORKS, "sample")
+    if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
+        parser.error("--n and --critic-iters need at least 1, --width and --z 2")
+    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
+        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
+    if args.loss == "wgan-gp" and args.d_norm == "batch":
+        parser.error("wgan-gp needs a D that looks at each image alone: no --d-norm batch")
+    return args, checkpoint
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 def uniform(x, low, high):
     """One number per image, from U(low, high): [B, 1, 1, 1]."""
-    return low + (high - low) * torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device)
+    return torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).uniform_(low, high)
 
 
 def integers(x, low, high):
@@ -63,7 +63,7 @@ def cutout(x, ratio=0.5):
 
 
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}
-PLAIN = "color,translation"  # what plain --diffaug means
+PLAIN = "translation"  # what plain --diffaug means
 
 
 def augment(x, policy):
