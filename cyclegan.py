@@ -44,7 +44,6 @@ def init_weights(net):
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.02)
 
-
 class ResidualBlock(nn.Module):
     """[B, C, H, W] -> the same: x + f(x). Padded by reflection, as a border of zeros would show."""
 
@@ -57,11 +56,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x):
         return x + self.f(x)
 
-
 def up_conv(inputs, outputs):
     """[B, C, H, W] -> [B, K, 2H, 2W]. Pixels doubled first: no checkerboard (Odena et al. 2016)."""
     return [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)]
-
 
 class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H, W multiples of 4.
@@ -84,7 +81,6 @@ class Generator(nn.Sequential):
         middle = [ResidualBlock(inner) for _ in range(blocks)]  # [B, 64, 16, 16]
         super().__init__(*down, *middle, *up, nn.Tanh())
         init_weights(self)
-
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
@@ -110,14 +106,12 @@ class Discriminator(nn.Sequential):
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
 
-
 def build(args, device):
     Gs = [Generator(args.size, args.width, args.blocks) for _ in "XY"]
     Ds = [Discriminator(args.size, args.width, args.spectral_norm, args.patch) for _ in "XY"]
     mps = torch.device(device).type == "mps"  # where channels-last is slow
     layout = torch.contiguous_format if mps else torch.channels_last
     return [net.to(device, memory_format=layout) for net in Gs + Ds]
-
 
 class Pool:
     """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017)."""
@@ -195,7 +189,6 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     optim_G.zero_grad()
     return {name: value.detach() for name, value in (losses | scores).items()}
 
-
 def average_over_processes(tensors):
     """In place. Of gradients: so that all processes take the same step."""
     if WORLD > 1:
@@ -227,27 +220,22 @@ def setup(args):
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-
 def optimizer(nets, rate):
     weights = [weight for net in nets for weight in net.parameters()]
     return torch.optim.Adam(weights, rate, betas=(0.5, 0.999), fused=True)
-
 
 def floats(*nets):
     """Their weights, and the estimates of spectral norm."""
     return [value for net in nets for value in net.state_dict().values()]
 
-
 def average(ema_values, G_values, decay, iteration):
     """Move the averaged generators towards G, at first fast, to forget the random start."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
-
 
 def truth_error(ema_XY, ema_YX, truth):
     """Mean |difference| of translations of drawn cats and the same cats drawn in the other breed."""
     x, y = truth
     return (F.l1_loss(ema_XY(x), y) + F.l1_loss(ema_YX(y), x)).item() / 2
-
 
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
@@ -352,7 +340,6 @@ def read_pictures(source, side):
         taken.add(name.lower())
         yield f"{name}.png", pil_to_tensor(image)[None] / 127.5 - 1
 
-
 @torch.no_grad()
 def translate(args, checkpoint):
     """Write a PNG per input to RUN/translated_to_X or _Y: under its own name, at its own proportions."""
@@ -370,7 +357,6 @@ def translate(args, checkpoint):
 
 # ---- Options ----
 OF_THE_NETWORKS = "size width blocks patch spectral_norm".split()
-
 
 def options(argv=None):
     """-> the options, and the checkpoint of the run that they name, or None."""

@@ -40,7 +40,6 @@ RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # 
 MARK = "made by dcgan.py or cyclegan.py"  # stands in every picture that they write
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
-
 def to_rgb(image):
     """Any Pillow image -> RGB: upright, on white, more than 8 bits scaled to 8, colours as in sRGB."""
     profile = image.info.get("icc_profile")
@@ -58,21 +57,18 @@ def to_rgb(image):
             image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"))
     return image
 
-
 def walk(folder, seen):
     """Yield the files below a folder, through links, but into no folder twice: a link may lead back."""
     seen.add(folder.resolve())
     for path in folder.iterdir():
-        if path.is_dir() and path.resolve() not in seen:
-            yield from walk(path, seen)
-        elif path.is_file():
+        if path.is_file():
             yield path
-
+        elif path.resolve() not in seen:
+            yield from walk(path, seen)
 
 def is_ours(open_file):
     with contextlib.suppress(Exception), open_file() as file:  # what is damaged will be told by read()
         return MARK.encode() in file.read(1000)
-
 
 def find_images(source, held_out=False):
     """What load_images takes -> [(name, function that returns a Pillow image)], sorted."""
@@ -82,27 +78,23 @@ def find_images(source, held_out=False):
     path = Path(source)
     with mendable(f"{source} is no folder, image or whole .zip, nor drawn ({', '.join(DRAWN)})", Exception):
         if path.is_dir():
-            files = {file.relative_to(path).as_posix(): functools.partial(open, file, "rb")
+            files = {file.relative_to(path).as_posix(): functools.partial(file.open, "rb")
                      for file in walk(path, set())}
         elif path.suffix.lower() in READABLE:
-            files = {path.name: functools.partial(open, path, "rb")}
-            files[path.name]().close()
+            files = {path.name: functools.partial(path.resolve(strict=True).open, "rb")}
         else:
             archive = zipfile.ZipFile(path)
             files = {name: functools.partial(archive.open, name) for name in archive.namelist()}
     # Systems put things beside pictures: .thumbnails/1.png, .Trash-1000, @eaDir, __MACOSX/._1.png.
     names = [name for name in sorted(files) if not re.search("(^|/)([.@]|__MACOSX)|/$", name)]
     images = [name for name in names if Path(name).suffix.lower() in READABLE]
-    others = {Path(name).suffix.lower() for name in names} - READABLE
-    if others:
-        count = len(names) - len(images)
-        say(f"{source}: left out {count} files ({' '.join(sorted(others))})", file=sys.stderr)
-    real = [name for name in images if not is_ours(files[name])]
-    if real and len(real) < len(images):  # where all are ours, they are meant
-        say(f"{source}: left out {len(images) - len(real)} pictures {MARK}", file=sys.stderr)
-        images = real
-    return [(name, lambda name=name: Image.open(files[name]())) for name in images]
-
+    real = [name for name in images if not is_ours(files[name])] or images  # if all are ours, they are meant
+    kinds = {Path(name).suffix.lower() for name in names} - READABLE
+    for count, what in ((len(names) - len(images), f"files ({' '.join(sorted(kinds))})"),
+                        (len(images) - len(real), f"pictures {MARK}")):
+        if count:
+            say(f"{source}: left out {count} {what}", file=sys.stderr)
+    return [(name, lambda name=name: Image.open(files[name]())) for name in real]
 
 def read(source, files, convert):
     """Yield (name, convert(image)) of each readable file. Others are named, counted and skipped."""
@@ -123,7 +115,6 @@ def read(source, files, convert):
         say(f"skipped {len(files) - good} of {len(files)} files in {source}", file=sys.stderr)
     if not good:
         raise BadInput(f"no usable image in {source}: looked for .png, .jpg and others")
-
 
 def load_images(source, size, limit=None):
     """A folder, a .zip, an image or a drawn set -> uint8 [N, 3, size, size], N > 0, or BadInput.
@@ -146,7 +137,6 @@ def permutation(n, seed, epoch, device):
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order.to(device, non_blocking=device.type == "cuda")
 
-
 def batch(images, size, k, seed, device):
     """Slice k = 0, 1, ... of an endless stream of permutations, by the seed: uint8 [size, 3, L, L]."""
     n = len(images)
@@ -160,7 +150,6 @@ def batch(images, size, k, seed, device):
 def flip(x, size):
     return torch.where(diffaug.uniform(x, 0, 1) < 0.5, x, x.flip(3))
 
-
 def zoom(x, size):
     """Random resized crop: 80 to 100 % of either side, bilinear."""
     width, height = [diffaug.uniform(x, 0.8, 1).flatten() for _ in range(2)]
@@ -169,25 +158,19 @@ def zoom(x, size):
     grid = F.affine_grid(theta, (len(x), 3, size, size), align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
-
 def jitter(x, size):
     """Brightness, contrast and saturation, each times U(0.7, 1.3)."""
     x = (x * diffaug.uniform(x, 0.7, 1.3)).clamp(0, 1)
     x = torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, diffaug.uniform(x, 0.7, 1.3)).clamp(0, 1)
     return torch.lerp(x.mean(dim=1, keepdim=True), x, diffaug.uniform(x, 0.7, 1.3)).clamp(0, 1)
 
-
 def stretch(x, size):
     return torch.where(diffaug.uniform(x, 0, 1) < 0.5, x, autocontrast(x))  # of half of the images
 
-
 DELUXE = {"crop": diffaug.window, "flip": flip, "zoom": zoom, "jitter": jitter, "autocontrast": stretch}
 
-
 def load_size(size, ops):
-    """The side that images are loaded with: larger, where they are to be cut."""
-    return int(1.1 * size) if "crop" in ops or "zoom" in ops else size
-
+    return int(1.1 * size) if "crop" in ops or "zoom" in ops else size  # larger, to be cut
 
 def deluxe(images, size, ops):
     """uint8 [B, 3, L, L] -> float [B, 3, size, size] in [-1, 1], as tanh. ops: such as "crop,flip"."""
@@ -204,18 +187,15 @@ def to_pillow(images, columns=8):
     levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
     return to_pil_image(make_grid(levels, columns))
 
-
 def save_png(image, path):
     mark = PngImagePlugin.PngInfo()
     mark.add_text("Software", MARK)
     Path(path).parent.mkdir(exist_ok=True)
     image.save(path, "PNG", pnginfo=mark)
 
-
 def save_gif(images, path, milliseconds):
     frames = [image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE) for image in images]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, comment=MARK)
-
 
 def save_sheet(images, folder, iteration, columns=8):
     """A grid, and the iteration below it -> samples/000200.png."""
@@ -225,20 +205,18 @@ def save_sheet(images, folder, iteration, columns=8):
         ImageDraw.Draw(sheet).text((6, sheet.height - 24), label, "white", ImageFont.load_default(18))
         save_png(sheet, folder / "samples" / f"{iteration:06d}.png")
 
-
 def ticks(low, high):
-    """About four round numbers between low and high."""
-    step = float(f"{(high - low) / 4:.0e}")
+    step = float(f"{(high - low) / 4:.0e}")  # a round number
     return [k * step for k in range(math.ceil(low / step), int(high / step) + 1)]
-
 
 def plot(names, rows, path):
     """Rows {"iteration": ..., name: number} -> a PNG: on the left the losses, on the right D's scores."""
     image, font = Image.new("RGB", (1800, 700), "white"), ImageFont.load_default(22)
     draw, colours = ImageDraw.Draw(image), "red blue green purple darkorange teal brown magenta".split()
     across = rows[0]["iteration"], rows[-1]["iteration"]
-    for left, title in ((90, "losses"), (990, "D's mean scores")):
-        chosen = [name for name in names if ("(" in name) == (left > 90)]
+    scores = [name for name in names if "(" in name]
+    losses = [name for name in names if name not in scores]
+    for left, title, chosen in ((90, "losses", losses), (990, "D's mean scores", scores)):
         values = [row[name] for row in rows for name in chosen if name in row]
         up = min(0, *values), max(1e-3, 1.1 * np.percentile(values, 99))
 
@@ -265,7 +243,6 @@ def only_for_show():
     except Exception as error:
         say(f"not written: {type(error).__name__}: {error}", file=sys.stderr)
 
-
 def save_views(rows, folder, last):
     """log.csv, losses.png and, at the end, timelapse.gif."""
     with only_for_show():
@@ -281,11 +258,9 @@ def save_views(rows, folder, last):
             frames = [frame.resize(frames[-1].size) for frame in frames]  # of a resumed run they may differ
             save_gif(frames, folder / "timelapse.gif", 150)
 
-
 def check_finite(tensors, iteration):
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise BadInput(f"a loss or weight is not finite at iteration {iteration}: try lower --g-lr, --d-lr")
-
 
 def save_checkpoint(checkpoint, folder):
     """Write beside the old file, flush, rename: there always is a whole one."""
@@ -302,7 +277,6 @@ def save_checkpoint(checkpoint, folder):
         finally:
             temporary.unlink(missing_ok=True)
 
-
 def load_checkpoint(run, program):
     """-> the dictionary in RUN/ckpt.pt, on the CPU. weights_only: a stranger's checkpoint can't run code."""
     path = Path(run) / "ckpt.pt"
@@ -317,7 +291,6 @@ def load_checkpoint(run, program):
             raise ValueError("of another program")
     return checkpoint
 
-
 @torch.no_grad()
 def restore(parts, checkpoint):
     """Load a checkpoint's networks, optimizers and pools."""
@@ -331,10 +304,8 @@ def restore(parts, checkpoint):
             moments = {name: value for name, value in state.items() if value.shape == weight.shape}
             state |= {name: torch.empty_like(weight).copy_(value) for name, value in moments.items()}
 
-
 def shorten(name):
     return os.fsencode(name)[:200].decode(errors="replace")  # file systems take up to 255 bytes
-
 
 def new_folder(given, otherwise):
     """Make the given folder, which has to be empty or new, or else OTHERWISE, OTHERWISE-2, ..."""
@@ -346,19 +317,18 @@ def new_folder(given, otherwise):
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise BadInput(f"{given} is in use: give another --out, or --resume it")
-        for k in itertools.count(2) if not given else ():
+            return folder
+        for k in itertools.count(2):
             try:
                 folder.mkdir(parents=True)
-                break
+                return folder
             except FileExistsError:  # another run may be faster
                 folder = Path(f"{otherwise}-{k}")
-    return folder
 
 
 # ---- Messages ----
 class BadInput(Exception):
     """Something that the user can mend. Its text says what is wrong and what to do."""
-
 
 @contextlib.contextmanager
 def mendable(what, kind=OSError):
@@ -369,7 +339,6 @@ def mendable(what, kind=OSError):
         raise
     except kind as error:
         raise BadInput(f"{what}: {getattr(error, 'strerror', None) or error or type(error)}") from None
-
 
 @contextlib.contextmanager
 def one_line_errors():
@@ -389,7 +358,6 @@ def one_line_errors():
         say(f"{Path(sys.argv[0]).name}: error:", *message.split(), file=sys.stderr)
         sys.exit(2)
 
-
 def say(*words, sep=" ", file=None):
     """print() that ends no run: neither by a closed pipe, nor by a letter that the terminal has not."""
     file = file or sys.stdout
@@ -400,22 +368,19 @@ def say(*words, sep=" ", file=None):
     except OSError:  # nobody reads it any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
-
 def status(row, iters, minutes):
     """One line, of the first numbers of a row of the log."""
     shown = [f"{name} {value:#.3g}" for name, value in row.items()][1:6]
     shown += [f"{row['images/s']:.0f} images/s", f"{minutes:.0f} min left"]
     say(f"{row['iteration']}/{iters}", *shown, sep="  ")
 
-
 def end(program, folder, iteration, iters, signals):
     """The last words of a training, and its exit status if it was told to stop."""
     if iteration == iters:
         return say(f"finished at iteration {iteration}: {folder}")
-    say(f"stopped at iteration {iteration}; go on with:",
-        f"python {program}.py --resume {shlex.quote(str(folder))}", file=sys.stderr)
+    again = f"python {program}.py --resume {shlex.quote(str(folder))}"
+    say(f"stopped at iteration {iteration}; go on with: {again}", file=sys.stderr)
     sys.exit(128 + signals[0] if signals else 143)
-
 
 def catch_signals():
     """-> a list, to which Ctrl-C or SIGTERM will add its number. The second one ends the program at once."""
@@ -435,7 +400,6 @@ def path(text):
         raise argparse.ArgumentTypeError("an empty path: is a variable of the shell not set?")
     return os.path.expanduser(text)
 
-
 def listed(known, text):
     """Check a list such as "crop,flip"; "none" is the empty one."""
     text = "" if text == "none" else text
@@ -444,11 +408,9 @@ def listed(known, text):
             raise argparse.ArgumentTypeError(f"no {name!r} among {', '.join(known)} (a folder goes first)")
     return text
 
-
 def new_parser(doc):  # without usage, which would make errors longer than a line
     return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-
 
 def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
@@ -460,13 +422,10 @@ def add_images(arg):
         type=functools.partial(listed, diffaug.POLICIES),
         help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN})")
 
-
 def plain_deluxe(args):
     args.deluxe = args.deluxe.replace("plain", "flip" if "translation" in args.diffaug else "crop,flip")
 
-
 PLACES = ("out", "resume", "sample", "translate", "input", "device")  # never taken from a checkpoint
-
 
 def add_run(arg):
     arg("--out", type=path, metavar="DIR", help="folder to write (out/NAME)")
@@ -479,7 +438,6 @@ def add_run(arg):
         arg(f"--{what}-every", type=int, default=every, metavar="N",
             help=f"iterations from one {thing} to the next ({every})")
 
-
 def parse(parser, argv, program, apply):
     """-> the options, and the checkpoint of the run that --resume or --APPLY names, or None."""
     args = parser.parse_args(argv)
@@ -490,19 +448,10 @@ def parse(parser, argv, program, apply):
         parser.set_defaults(**{name: value for name, value in options if name not in PLACES})
         args = parser.parse_args(argv)
     else:
-        args.name = run_name(parser, args, program)
+        given = " ".join([program, *(sys.argv[1:] if argv is None else argv)])
+        args.name = shorten(re.sub(r"[^\w.,=]+", "_", given))
     plain_deluxe(args)
     return args, checkpoint
-
-
-def run_name(parser, args, program):
-    name = program
-    for flag, value in vars(args).items():
-        if value != parser.get_default(flag) and flag not in PLACES:
-            value = Path(value).name if flag in ("data", "X", "Y") else value
-            name += f"_{flag}" if value is True or value in ("plain", diffaug.PLAIN) else f"_{flag}={value}"
-    return shorten(re.sub(r"[^\w.,=-]", "-", name))
-
 
 def check(parser, args, checkpoint, fixed, apply):
     """End with one line where options can't be."""
@@ -521,17 +470,15 @@ def check(parser, args, checkpoint, fixed, apply):
 # ---- python data.py get | preview ----
 SERVERS = "http://efrosgans.eecs.berkeley.edu/cyclegan", "http://efrosgans.eecs.berkeley.edu/CUT"
 
-
 def get(name):
     """Download a data set of CycleGAN's authors -> datasets/NAME/{trainA,trainB,testA,testB}."""
     target, problems = Path("datasets") / name, []
     if target.exists():
         raise BadInput(f"{target} is there already")
-    with mendable(f"can't write {target}"):
-        target.parent.mkdir(exist_ok=True)
     socket.setdefaulttimeout(30)  # seconds without an answer
     for server in SERVERS:
         try:
+            target.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
                 download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
                 os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
@@ -539,7 +486,6 @@ def get(name):
         except Exception as error:  # addresses and zips break in many ways
             problems.append(f"{server}: {error}")
     raise BadInput(f"no {name} ({'; '.join(problems)}). Put images into {target}/trainA, trainB, ...")
-
 
 def main(argv=None):
     parser = new_parser(__doc__)
@@ -563,7 +509,6 @@ def main(argv=None):
 DRAWN, HELD_OUT = {"toy-grumpy": range(204), "toy-blue": range(1000, 1075)}, range(2000, 2016)
 COLOURS = {"grumpy": "#e2d0b6 #c0b19b #4e382e #faf5ee #e28a8c #70b2e2",
            "blue": "#707c92 #5f697c #5a6478 #8c98ae #705c6c #96c046"}
-
 
 def draw_cat(number, breed, side=288):
     """Cat `number` as "grumpy" or "blue": RGB, side x side. All else follows from the number: a true pair.

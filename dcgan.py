@@ -50,7 +50,6 @@ class Modulated(nn.BatchNorm2d):
         scale, shift = self.style(z).chunk(2, dim=1)
         return torch.addcmul(shift, super().forward(x), 1 + scale)  # shift + x * (1 + scale)
 
-
 class MinibatchStd(nn.Module):
     """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
     (Karras et al. 2018). It shows D when G repeats itself."""
@@ -59,7 +58,6 @@ class MinibatchStd(nn.Module):
         apart = x.float() - x.float().mean(dim=0)  # faster than var()
         deviation = apart.square().mean(dim=0).add(1e-8).sqrt().mean().to(x.dtype)
         return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
-
 
 def norm_layers(norm, channels, z=None):
     """-> a list of one layer, or of none."""
@@ -71,13 +69,11 @@ def norm_layers(norm, channels, z=None):
         return [nn.InstanceNorm2d(channels)]
     return []
 
-
 def init_weights(net):
     """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, std=0.02)
-
 
 class Generator(nn.Sequential):
     """Noise [B, z, 1, 1] -> images [B, 3, size, size] in [-1, 1]. In the comments size 64, width 32."""
@@ -106,7 +102,6 @@ class Generator(nn.Sequential):
         for layer in self:
             x = layer(x, z) if isinstance(layer, Modulated) else layer(x)
         return x
-
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
@@ -137,7 +132,6 @@ class Discriminator(nn.Sequential):
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
 
-
 def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
     D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
@@ -161,14 +155,12 @@ def d_losses(D, real, fake, score_real, score_fake, args):
         losses["penalty"] = 10 * gradient_penalty(D, real, fake)
     return losses
 
-
 def gradient_penalty(D, real, fake):
     """Mean (|gradient of D| - 1)^2 at random points between real and fake (Gulrajani et al. 2017)."""
     between = torch.lerp(real, fake, diffaug.uniform(real, 0, 1)).requires_grad_()
     score = D(between).mean(dim=(1, 2, 3))  # of an image: its patches' mean
     gradient, = torch.autograd.grad(score.sum(), between, create_graph=True)
     return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
-
 
 def g_loss(score, args):
     """D's scores of G's images -> G's loss."""
@@ -177,7 +169,6 @@ def g_loss(score, args):
     if args.loss == "vanilla":  # -log D(G(z)): steeper than log(1 - D(G(z))) where D is sure
         return F.softplus(-score).mean()
     return -score.mean()
-
 
 def mean_score(score, args):
     """For the log. With the vanilla loss, scores become probabilities."""
@@ -223,7 +214,6 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     losses |= {"D(real)": mean_score(score_real, args), "D(fake)": mean_score(score_fake, args)}
     return {name: value.detach() for name, value in losses.items()}
 
-
 def average_over_processes(tensors):
     """In place. Of gradients: so that all processes take the same step."""
     if WORLD > 1:
@@ -255,22 +245,18 @@ def setup(args):
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-
 def optimizer(net, rate, loss):
     if loss == "wgan":  # momentum harms a D with clipped weights (Arjovsky et al. 2017)
         return torch.optim.RMSprop(net.parameters(), rate)
     return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
-
 def floats(net):
     """Its weights, and the statistics of its norms."""
     return [value for value in net.state_dict().values() if value.is_floating_point()]
 
-
 def average(ema_values, G_values, decay, iteration):
     """Move the averaged generator towards G, at first fast, to forget the random start."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
-
 
 @torch.no_grad()
 def score_as_they_are(D, images, args):
@@ -279,7 +265,6 @@ def score_as_they_are(D, images, args):
     images = center_crop(images, args.size)
     batches = [batch for batch in images.split(args.batch) if len(batch) == args.batch] or [images]
     return torch.stack([mean_score(D(batch), args) for batch in batches]).mean().item()
-
 
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
@@ -372,7 +357,6 @@ def slerp(a, b, t):
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
-
 def nearest(fakes, images):
     """For float fakes [N, 3, S, S] the closest of the uint8 images [M, 3, S, S] and their mirror images, at
     32 x 32 pixels: float [N, 3, S, S]."""
@@ -380,7 +364,6 @@ def nearest(fakes, images):
     small = torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, 32).flatten(1) for part in images.split(256)])
     distances = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), small)
     return images[distances.argmin(dim=1)] / 127.5 - 1
-
 
 @torch.no_grad()
 def sample(args, checkpoint):
@@ -412,7 +395,6 @@ def sample(args, checkpoint):
 
 # ---- Options ----
 OF_THE_NETWORKS = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()
-
 
 def options(argv=None):
     """-> the options, and the checkpoint of the run that they name, or None."""
