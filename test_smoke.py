@@ -537,7 +537,7 @@ def test_what_a_run_writes_and_that_a_second_one_gets_a_new_name(cats, tmp_path,
     for _ in range(2):
         dcgan.train(*dcgan.options([*SMALL, *flags.split()]))
     run, second = sorted(Path("out").iterdir())
-    assert second.name == run.name + "-2" and "deluxe_diffaug" in run.name and "wgan-gp" in run.name
+    assert second.name == run.name + "-2" and "deluxe_diffaug_loss_wgan_gp" in run.name
     assert names(run) == FILES and names(run / "samples") == [f"00000{i}.png" for i in (2, 4, 6, 7)]
     assert Image.open(run / "timelapse.gif").size == (8 * 34 + 2, 8 * 34 + 2 + 24)
     head, *rows = [line.split(",") for line in (run / "log.csv").read_text().splitlines()]
