@@ -114,7 +114,8 @@ def build(args, device):
     return [net.to(device, memory_format=layout) for net in Gs + Ds]
 
 class Pool:
-    """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017)."""
+    """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017).
+    Each process has its own. A checkpoint holds those of the first."""
 
     def __init__(self, size):
         self.size, self.images = size, torch.empty(0)
@@ -161,7 +162,7 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
         scores |= {f"{name}(real)": score_real.mean(), f"{name}(fake)": score_fake.mean()}
     (losses["D_X"] + losses["D_Y"]).backward()
     average_over_processes(weight.grad for D in (D_X, D_Y) for weight in D.parameters())
-    for D in (D_X, D_Y):  # all gradients of D equally long, as one odd batch would stay in Adam's memory
+    for D in (D_X, D_Y):  # one large step after an odd batch could ruin D
         nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -292,10 +293,10 @@ def train(args, checkpoint):
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            unsure = [*floats(*nets), *(value for old in recent for value in old.values())]
-            data.check_finite(unsure, iteration)  # waits for the device
+            values = [value for old in recent for value in old.values()]
+            data.check_finite([*floats(*nets), *values], iteration)  # waits for the device
         if log:
-            names = dict.fromkeys(name for old in recent for name in old)  # at some steps G has no loss
+            names = dict.fromkeys(name for old in recent for name in old)  # a resume may bring more
             row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
             average_over_processes(row.values())
             if truth:

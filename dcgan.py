@@ -16,7 +16,6 @@ running average of G. Close to the paper, for tens of thousands of pictures:
     python dcgan.py --up transpose --norm batch --d-norm batch --no-minibatch-std --ema 0
         --loss vanilla --z 100 --width 128 --batch 128 --g-lr 2e-4 --d-lr 2e-4
 """
-import argparse
 import copy
 import math
 import os
@@ -60,7 +59,6 @@ class MinibatchStd(nn.Module):
         return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
 
 def norm_layers(norm, channels, z=None):
-    """-> a list of one layer, or of none."""
     if norm == "modulated":
         return [Modulated(channels, z)]
     if norm == "batch":
@@ -171,7 +169,7 @@ def g_loss(score, args):
     return -score.mean()
 
 def mean_score(score, args):
-    """For the log. With the vanilla loss, scores become probabilities."""
+    """For the log: with the vanilla loss, a probability."""
     return (score.sigmoid() if args.loss == "vanilla" else score).mean()
 
 
@@ -191,8 +189,8 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
-    # Adam remembers one odd batch's large gradient for a thousand steps, in which D hardly moves. Practically
-    # every gradient is longer than 1, so this makes all equally long: at 128 px cats form only with it.
+    # A squared loss's gradient grows with the error. Without this cut, at 128 px, D's loss leapt to 10^5. Adam
+    # remembers such a leap for a thousand iterations, in which D hardly moved: no cats.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -255,7 +253,7 @@ def floats(net):
     return [value for value in net.state_dict().values() if value.is_floating_point()]
 
 def average(ema_values, G_values, decay, iteration):
-    """Move the averaged generator towards G, at first fast, to forget the random start."""
+    """Move the average towards G, at first fast, to forget the random start."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
 
 @torch.no_grad()
@@ -274,16 +272,15 @@ def train(args, checkpoint):
     if args.hold_out:  # every so many-th image stays out of training
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
-        chosen = {i * len(images) // args.hold_out for i in range(args.hold_out)}
-        unseen = images[sorted(chosen)].to(device) / 127.5 - 1
-        images = images[[i for i in range(len(images)) if i not in chosen]]
-        trained = images[:args.hold_out].to(device) / 127.5 - 1
+        kept = {i * len(images) // args.hold_out for i in range(args.hold_out)}
+        unseen, images = images[sorted(kept)], images[[i for i in range(len(images)) if i not in kept]]
+        watched = [some.to(device) / 127.5 - 1 for some in (images[:args.hold_out], unseen)]
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
 
     torch.manual_seed(args.seed)
     G, D = build(args, device)
-    ema = copy.deepcopy(G).eval().requires_grad_(False)
+    ema = copy.deepcopy(G).eval().requires_grad_(False)  # the averaged generator, which draws all samples
     optim_G, optim_D = optimizer(G, args.g_lr, args.loss), optimizer(D, args.d_lr, args.loss)
     parts = {"G": G, "D": D, "ema": ema, "optim_G": optim_G, "optim_D": optim_D}
     iteration, rows, recent = 0, [], []  # rows of the log, and the losses since the last row
@@ -321,16 +318,15 @@ def train(args, checkpoint):
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            unsure = [*floats(G), *floats(D), *(value for old in recent for value in old.values())]
-            data.check_finite(unsure, iteration)  # waits for the device
+            values = [value for old in recent for value in old.values()]
+            data.check_finite([*floats(G), *floats(D), *values], iteration)  # waits for the device
         if log:
             names = dict.fromkeys(name for old in recent for name in old)  # at some steps G has no loss
             row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
             average_over_processes(row.values())
             if args.hold_out:
-                row["D(trained)"] = score_as_they_are(D, trained, args)
-                row["D(unseen)"] = score_as_they_are(D, unseen, args)
-                row["D(generated)"] = score_as_they_are(D, ema(fixed_z), args)
+                for name, some in zip(("D(trained)", "D(unseen)", "D(generated)"), (*watched, ema(fixed_z))):
+                    row[name] = score_as_they_are(D, some, args)
             seconds = (time.perf_counter() - start) / (iteration - first)
             row["images/s"] = args.batch * WORLD / seconds
             rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
@@ -400,8 +396,7 @@ def options(argv=None):
     """-> the options, and the checkpoint of the run that they name, or None."""
     parser = data.new_parser(__doc__)
     arg = parser.add_argument_group("data").add_argument
-    arg("--data", type=data.path, default="toy-grumpy",
-        help="folder or .zip of images; drawn: toy-grumpy, toy-blue (toy-grumpy)")
+    arg("--data", type=data.path, default="toy-grumpy", help="folder or .zip; drawn: toy-grumpy, toy-blue")
     data.add_images(arg)
     arg("--hold-out", type=int, default=0, metavar="N",
         help="keep N images out of training: the log then says whether D knows the others by heart (0)")
@@ -415,12 +410,10 @@ def options(argv=None):
     arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
-    arg("--minibatch-std", action=argparse.BooleanOptionalAction, default=True,
-        help="show D how much a batch varies (on)")
+    arg("--no-minibatch-std", dest="minibatch_std", action="store_false", help="D sees images one by one")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
-        help="lsgan: squared distances to 1 and 0; vanilla: log-likelihood, as in the first GANs; wgan, "
-             "wgan-gp: scores of limited slope, slower (lsgan)")
+        help="squared distance; log-likelihood, as in the first GANs; scores of limited slope (lsgan)")
     arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
     arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="draw D's target for real images from U(LO, HI): 0.8 0.9 if D is too sure (1 1)")
