@@ -20,7 +20,6 @@ import copy
 import itertools
 import math
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -84,7 +83,7 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34 x 34.
+    patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34, at 32 px 16.
     spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018): that limits,
     up to a factor, how steeply D's score can change."""
 
@@ -142,7 +141,7 @@ class Pool:
 # ---- One step ----
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1].
-    Returns losses and scores by name, each a tensor of one number, as nothing here waits for the device."""
+    Returns losses and scores by name: tensors, as to ask for a number is to wait for the device."""
     with autocast:
         if args.identity:  # x is translated, y should stay: at once, as instance norm takes each image alone
             fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
@@ -150,14 +149,13 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
         else:
             fake_y, fake_x = G_XY(x).float(), G_YX(y).float()
 
-    # Train D. detach: D's loss must not reach G.
+    # Train D. detach: D's loss must not reach G. Real and fake together: this D has no norm to mix them.
     losses, scores = {}, {}
     for name, D, real, fake, pool in (("D_X", D_X, x, fake_x, pools[0]), ("D_Y", D_Y, y, fake_y, pools[1])):
         D.requires_grad_(True)
-        seen_real = diffaug.augment(real, args.diffaug)
-        seen_fake = diffaug.augment(pool.swap(fake.detach()), args.diffaug)
+        seen = diffaug.augment(torch.cat([real, pool.swap(fake.detach())]), args.diffaug)
         with autocast:
-            score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
+            score_real, score_fake = D(seen).float().chunk(2)
         losses[name] = ((score_real - 1) ** 2).mean() + (score_fake ** 2).mean()
         scores |= {f"{name}(real)": score_real.mean(), f"{name}(fake)": score_fake.mean()}
     (losses["D_X"] + losses["D_Y"]).backward()
@@ -286,10 +284,10 @@ def train(args, checkpoint):
         recent.append(losses)
         last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
         log = last or iteration % args.log_every == 0
-        if WORLD > 1:  # the processes stop together, at a row of the log
-            told = torch.tensor(float(stop), device=device)
-            average_over_processes([told] if log else [])
-            stop = log and told.item() > 0
+        if WORLD > 1:  # all processes have to stop at the same iteration
+            told, agree = torch.tensor(float(stop), device=device), log or iteration % 10 == 0
+            average_over_processes([told] if agree else [])
+            stop = agree and told.item() > 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
@@ -311,12 +309,13 @@ def train(args, checkpoint):
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
             data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
-        if sample:
-            y, x = ema_XY(fixed_x), ema_YX(fixed_y)
-            for_X, for_Y = (fixed_x, y, ema_YX(y)), (fixed_y, x, ema_XY(x))
-            data.save_sheet(torch.cat([*for_X, *for_Y]), folder, iteration, columns=few)
-        if save:
-            data.save_views(rows, folder, last or stop)
+        with data.only_for_show():
+            if sample:
+                y, x = ema_XY(fixed_x), ema_YX(fixed_y)
+                sheet = torch.cat([fixed_x, y, ema_YX(y), fixed_y, x, ema_XY(x)])
+                data.save_sheet(sheet, folder, iteration, columns=few)
+            if save:
+                data.save_views(rows, folder, last or stop)
 
     if WORLD > 1:
         dist.destroy_process_group()
@@ -352,7 +351,8 @@ def translate(args, checkpoint):
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
         result = G(padded.to(device))[:, :, :height, :width]
-        data.save_png(data.to_pillow(result), folder / name)
+        with data.mendable(f"can't write {folder / name}"):
+            data.save_png(data.to_pillow(result), folder / name)
     data.say(folder)
 
 

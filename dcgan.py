@@ -19,7 +19,6 @@ running average of G. Close to the paper, for tens of thousands of pictures:
 import copy
 import math
 import os
-import signal
 import time
 from pathlib import Path
 
@@ -103,7 +102,7 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): a score's convolutions see 70 x 70 pixels, at 64 px 34 x 34.
+    patch=True is a PatchGAN (Isola et al. 2017): convolutions see 70 x 70 pixels, at 64 px 34, at 32 px 16.
     spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018): that limits,
     up to a factor, how steeply D's score can change."""
 
@@ -114,11 +113,11 @@ class Discriminator(nn.Sequential):
             strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
         channels = width
         layers = [nn.Conv2d(3, channels, 4, strides[0], padding=1), nn.SELU() if selu else nn.LeakyReLU(0.2)]
-        for stride in strides[1:]:  # [B, 32, 32, 32] so far
+        for stride in strides[1:]:
             inputs, channels = channels, min(8 * width, 2 * channels)
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=norm == "none")]
             layers += [*norm_layers(norm, channels), nn.SELU() if selu else nn.LeakyReLU(0.2)]
-            # [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
+            # after the first layer [B, 32, 32, 32], then [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
         if std:
             layers += [MinibatchStd()]
             channels += 1
@@ -176,7 +175,7 @@ def mean_score(score, args):
 # ---- One step ----
 def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     """Train D, and G if train_G. real: float [B, 3, size, size] in [-1, 1].
-    Returns losses and scores by name, each a tensor of one number, as nothing here waits for the device."""
+    Returns losses and scores by name: tensors, as to ask for a number is to wait for the device."""
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
     with autocast:
         fake = G(z).float()  # once for D's step and G's; losses and augmentation are in float32
@@ -189,8 +188,8 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
-    # A squared loss's gradient grows with the error. Without this cut, at 128 px, D's loss leapt to 10^5. Adam
-    # remembers such a leap for a thousand iterations, in which D hardly moved: no cats.
+    # A squared loss's gradient grows with the error. Without this cut, at 128 px, D's loss leapt to 10^5.
+    # Adam remembers such a leap for a thousand iterations, in which D hardly moved: no cats.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -249,7 +248,7 @@ def optimizer(net, rate, loss):
     return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
 def floats(net):
-    """Its weights, and the statistics of its norms."""
+    """Its weights, and the running statistics of its norms."""
     return [value for value in net.state_dict().values() if value.is_floating_point()]
 
 def average(ema_values, G_values, decay, iteration):
@@ -311,10 +310,10 @@ def train(args, checkpoint):
         recent.append(losses)
         last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
         log = last or iteration % args.log_every == 0
-        if WORLD > 1:  # the processes stop together, at a row of the log
-            told = torch.tensor(float(stop), device=device)
-            average_over_processes([told] if log else [])
-            stop = log and told.item() > 0
+        if WORLD > 1:  # all processes have to stop at the same iteration
+            told, agree = torch.tensor(float(stop), device=device), log or iteration % 10 == 0
+            average_over_processes([told] if agree else [])
+            stop = agree and told.item() > 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
@@ -337,10 +336,11 @@ def train(args, checkpoint):
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
             data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
-        if sample:
-            data.save_sheet(ema(fixed_z), folder, iteration)
-        if save:
-            data.save_views(rows, folder, last or stop)
+        with data.only_for_show():
+            if sample:
+                data.save_sheet(ema(fixed_z), folder, iteration)
+            if save:
+                data.save_views(rows, folder, last or stop)
 
     if WORLD > 1:
         dist.destroy_process_group()
