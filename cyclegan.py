@@ -137,7 +137,6 @@ class Pool:
     def load_state_dict(self, state):
         self.images = state["images"][:self.size]
 
-
 # ---- One step ----
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1].
@@ -195,7 +194,6 @@ def average_over_processes(tensors):
             dist.all_reduce(tensor)
             tensor /= WORLD
 
-
 # ---- The loop ----
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
@@ -230,11 +228,6 @@ def floats(*nets):
 def average(ema_values, G_values, decay, iteration):
     """Move the averaged generators towards G, at first fast, to forget the random start."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
-
-def truth_error(ema_XY, ema_YX, truth):
-    """Mean |difference| of translations of drawn cats and the same cats drawn in the other breed."""
-    x, y = truth
-    return (F.l1_loss(ema_XY(x), y) + F.l1_loss(ema_YX(y), x)).item() / 2
 
 def train(args, checkpoint):
     if checkpoint and checkpoint["iteration"] >= args.iters:
@@ -297,8 +290,9 @@ def train(args, checkpoint):
             names = dict.fromkeys(name for old in recent for name in old)  # a resume may bring more
             row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
             average_over_processes(row.values())
-            if truth:
-                row["truth_error"] = truth_error(ema_XY, ema_YX, truth)
+            if truth:  # mean |difference| of translations and right answers
+                x, y = truth
+                row["truth_error"] = (F.l1_loss(ema_XY(x), y) + F.l1_loss(ema_YX(y), x)) / 2
             seconds = (time.perf_counter() - start) / (iteration - first)
             row["images/s"] = args.batch * WORLD / seconds
             rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
@@ -320,7 +314,6 @@ def train(args, checkpoint):
     if WORLD > 1:
         dist.destroy_process_group()
     data.end("cyclegan", folder, iteration, args.iters, signals)
-
 
 # ---- Translating ----
 def read_pictures(source, side):
@@ -354,7 +347,6 @@ def translate(args, checkpoint):
         with data.mendable(f"can't write {folder / name}"):
             data.save_png(data.to_pillow(result), folder / name)
     data.say(folder)
-
 
 # ---- Options ----
 OF_THE_NETWORKS = "size width blocks patch spectral_norm".split()
@@ -407,7 +399,6 @@ def options(argv=None):
     if 0 < args.pool < args.batch:
         parser.error("--pool needs to be 0, or at least --batch")
     return args, checkpoint
-
 
 if __name__ == "__main__":
     with data.one_line_errors():

@@ -35,7 +35,6 @@ import diffaug
 
 RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun sets both
 
-
 # ---- Images in ----
 MARK = "made by dcgan.py or cyclegan.py"
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -126,7 +125,6 @@ def load_images(source, size, limit=None):
         count += 1
     return images[:count]
 
-
 # ---- Batches ----
 @lru_cache(maxsize=8)
 def permutation(n, seed, epoch, device):
@@ -139,7 +137,6 @@ def batch(images, size, k, seed, device):
     epochs = range(k * size // n, ((k + 1) * size - 1) // n + 1)
     order = torch.cat([permutation(n, seed, epoch, images.device) for epoch in epochs])
     return images[order[start:start + size]].to(device, non_blocking=True)
-
 
 # ---- "Deluxe": augmentation of the real images only, float [B, 3, L, L] in [0, 1] ----
 def flip(x, size):
@@ -173,7 +170,6 @@ def deluxe(images, size, ops):
     for i, op in enumerate(ops):
         x = DELUXE[op](x, x.shape[-1] if "crop" in ops[i + 1:] else size)  # a later crop needs its room
     return x * 2 - 1
-
 
 # ---- Pictures out ----
 def to_pillow(images, columns=8):
@@ -224,7 +220,6 @@ def plot(names, rows, path):
             draw.line([place(row["iteration"], row[name]) for row in rows if name in row], colours[k], 4)
             draw.text((left + 10 + k % 4 * 190, 14 + k // 4 * 26), name, colours[k])
     save_png(image.resize((900, 350), Image.Resampling.LANCZOS), path)
-
 
 # ---- The files of a run ----
 def save_views(rows, folder, last):
@@ -295,7 +290,6 @@ def new_folder(given, otherwise):
             raise BadInput(f"{given} is in use: give another --out, or --resume it")
     return folder
 
-
 # ---- Messages ----
 class BadInput(Exception):
     """Something that the user can mend. Its text says what is wrong and what to do."""
@@ -365,7 +359,6 @@ def catch_signals():
             signal.signal(number, catch)
     return caught
 
-
 # ---- Command line ----
 def path(text):
     if not text:
@@ -387,10 +380,12 @@ def new_parser(doc):  # without usage, which would make errors longer than a lin
 
 def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
-    arg("--deluxe", nargs="?", const="plain", default="", type=partial(listed, ["plain", *DELUXE]),
-        help=f"augment real images: {','.join(DELUXE)} (plain: crop,flip; where --diffaug shifts: flip)")
-    arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", type=partial(listed, diffaug.POLICIES),
-        help=f"augment all that D sees: {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN})")
+    arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS",
+        type=partial(listed, ["plain", *DELUXE]),
+        help=f"augment real images: some of {','.join(DELUXE)} (plain: crop,flip; where --diffaug shifts: flip)")
+    arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", metavar="OPS",
+        type=partial(listed, diffaug.POLICIES),
+        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN})")
 
 def plain_deluxe(args):
     args.deluxe = args.deluxe.replace("plain", "flip" if "translation" in args.diffaug else "crop,flip")
@@ -433,7 +428,6 @@ def check(parser, args, checkpoint, fixed, apply):
     if not (0 < args.g_lr < 1 and 0 < args.d_lr < 1 and 0 <= args.ema < 1 and 0 <= args.seed < 2**32):
         parser.error("--g-lr, --d-lr and --ema need to be between 0 and 1, --seed from 0 to 2^32 - 1")
 
-
 # ---- python data.py get | preview ----
 SERVERS = "http://efrosgans.eecs.berkeley.edu/cyclegan", "http://efrosgans.eecs.berkeley.edu/CUT"
 
@@ -469,7 +463,6 @@ def main(argv=None):
     with mendable("can't write preview.png"):
         save_png(to_pillow(torch.stack(sheet, dim=1).flatten(0, 1), columns=12), "preview.png")
     say("preview.png: in each row an image, then 11 augmented versions")
-
 
 # ---- Drawn cats ----
 DRAWN, HELD_OUT = {"toy-grumpy": range(204), "toy-blue": range(1000, 1075)}, range(2000, 2016)
@@ -523,7 +516,6 @@ def draw_cat(number, breed, side=288):
     scene.paste(cat, (round(x0 * side - cat.width / 2), round(y0 * side - cat.width / 2)), cat)
     lit = np.asarray(scene) * (shade + light * np.linspace(-1, 1, side)[:, None])
     return Image.fromarray(lit.clip(0, 255).astype(np.uint8))
-
 
 if __name__ == "__main__":
     with one_line_errors():

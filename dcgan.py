@@ -137,7 +137,6 @@ def build(args, device):
     layout = torch.contiguous_format if mps else torch.channels_last
     return [net.to(device, memory_format=layout) for net in (G, D)]
 
-
 # ---- Losses ----
 def d_losses(D, real, fake, score_real, score_fake, args):
     """Images that D saw and its scores of them -> D's losses by name. It learns from their sum."""
@@ -170,7 +169,6 @@ def g_loss(score, args):
 def mean_score(score, args):
     """For the log: with the vanilla loss, a probability."""
     return (score.sigmoid() if args.loss == "vanilla" else score).mean()
-
 
 # ---- One step ----
 def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
@@ -217,7 +215,6 @@ def average_over_processes(tensors):
         for tensor in tensors:
             dist.all_reduce(tensor)
             tensor /= WORLD
-
 
 # ---- The loop ----
 def setup(args):
@@ -346,7 +343,6 @@ def train(args, checkpoint):
         dist.destroy_process_group()
     data.end("dcgan", folder, iteration, args.iters, signals)
 
-
 # ---- Sampling ----
 def slerp(a, b, t):
     """From a to b along the sphere: on the straight line, noise is too short."""
@@ -388,7 +384,6 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(pairs), folder / "nearest.png")
     data.say("nearest.png: each sample above its nearest training image")
 
-
 # ---- Options ----
 OF_THE_NETWORKS = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()
 
@@ -410,7 +405,8 @@ def options(argv=None):
     arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
-    arg("--no-minibatch-std", dest="minibatch_std", action="store_false", help="D sees images one by one")
+    arg("--no-minibatch-std", dest="minibatch_std", action="store_false", default=None,
+        help="don't show D how much a batch varies (shown, but with --patch and wgan-gp)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
         help="squared distance; log-likelihood, as in the first GANs; scores of limited slope (lsgan)")
@@ -430,6 +426,8 @@ def options(argv=None):
     args, checkpoint = data.parse(parser, argv, "dcgan", "sample")
     if args.critic_iters is None:
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
+    if args.minibatch_std is None:
+        args.minibatch_std = not args.patch and args.loss != "wgan-gp"
     if args.d_norm is None:  # clipped weights are small: without a norm, D's signals fade from layer to layer
         args.d_norm = "batch" if args.loss == "wgan" else "none"
     data.check(parser, args, checkpoint, OF_THE_NETWORKS, "sample")
@@ -438,9 +436,8 @@ def options(argv=None):
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
         parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
     if args.loss == "wgan-gp" and args.d_norm == "batch":
-        parser.error("wgan-gp needs a D that looks at each image alone: no --d-norm batch")
+        parser.error("wgan-gp scores each image alone: no --d-norm batch")
     return args, checkpoint
-
 
 if __name__ == "__main__":
     with data.one_line_errors():

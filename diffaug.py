@@ -12,28 +12,22 @@ own random numbers, new ones at every call, drawn on its device.
 import torch
 import torch.nn.functional as F
 
-
 def uniform(x, low, high):
     """One number per image, from U(low, high): [B, 1, 1, 1]."""
     return torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).uniform_(low, high)
-
 
 def integers(x, low, high):
     """One integer per image, from low to high, both included: int64 [B, 1]."""
     return torch.randint(low, high + 1, (len(x), 1), device=x.device)
 
-
 def brightness(x):
     return x + uniform(x, -0.5, 0.5)
-
 
 def saturation(x):
     return torch.lerp(x.mean(dim=1, keepdim=True), x, uniform(x, 0, 2))  # grey + factor * (x - grey)
 
-
 def contrast(x):
     return torch.lerp(x.mean(dim=(1, 2, 3), keepdim=True), x, uniform(x, 0.5, 1.5))
-
 
 def window(x, size):
     """A window of size x size pixels, at a random place in each image: [B, C, size, size]."""
@@ -43,12 +37,10 @@ def window(x, size):
     pixels = rows[:, :, None] * width + columns[:, None, :]  # [B, size, size]: where in the flat image
     return x.flatten(2).gather(2, pixels.view(B, 1, -1).expand(-1, C, -1)).view(B, C, size, size)
 
-
 def translation(x, ratio=0.125):
     """Shift square images by up to ratio of the side each way. What comes in from outside is 0, mid-grey."""
     size = x.shape[-1]
     return window(F.pad(x, [int(ratio * size + 0.5)] * 4), size)
-
 
 def cutout(x, ratio=0.5):
     """Set a square to 0. Its centre may be any pixel, so a part of it can lie outside the image."""
@@ -61,10 +53,8 @@ def cutout(x, ratio=0.5):
     inside_rows, inside_columns = (rows >= 0) & (rows < h), (columns >= 0) & (columns < w)
     return x * ~(inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
 
-
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}
 PLAIN = "translation"  # what plain --diffaug means
-
 
 def augment(x, policy):
     """Apply a policy such as "color,translation,cutout" from left to right. The empty one returns x."""
