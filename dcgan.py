@@ -60,11 +60,8 @@ class MinibatchStd(nn.Module):
 def norm_layers(norm, channels, z=None):
     if norm == "modulated":
         return [Modulated(channels, z)]
-    if norm == "batch":
-        return [nn.BatchNorm2d(channels)]
-    if norm == "instance":
-        return [nn.InstanceNorm2d(channels)]
-    return []
+    kinds = {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}
+    return kinds[norm]
 
 def init_weights(net):
     """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
@@ -303,7 +300,6 @@ def train(args, checkpoint):
         losses = step(G, D, optim_G, optim_D, real, train_G, args, autocast)
         if train_G:
             average(ema_values, G_values, args.ema, iteration)
-
         recent.append(losses)
         last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
         log = last or iteration % args.log_every == 0
@@ -375,14 +371,13 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(fakes), folder / "grid.png")
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
-        data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
+        data.say(f"{folder}: images, grid.png, walk.gif, walk.png, nearest.png")
         try:
             images = data.load_images(args.data, args.size)
         except data.BadInput as error:
             return data.say(f"no nearest.png: {error}")
         pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
         data.save_png(data.to_pillow(pairs), folder / "nearest.png")
-    data.say("nearest.png: each sample above its nearest training image")
 
 # ---- Options ----
 OF_THE_NETWORKS = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()
