@@ -261,11 +261,11 @@ def train(args, checkpoint):
              f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
     signals, stop, first, start = data.catch_signals(), False, iteration, time.perf_counter()
-    random = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
+    rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
-        random.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
+        rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         decay = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * decay, args.d_lr * decay
         k = (iteration - 1) * WORLD + RANK
@@ -275,12 +275,15 @@ def train(args, checkpoint):
         average(ema_values, G_values, args.ema, iteration)
 
         recent.append(losses)
-        last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
+        last = iteration == args.iters
+        stop = bool(signals)  # read once, as a signal may come at any time
         log = last or iteration % args.log_every == 0
-        if WORLD > 1:  # all processes have to stop at the same iteration
-            told, agree = torch.tensor(float(stop), device=device), log or iteration % 10 == 0
-            average_over_processes([told] if agree else [])
-            stop = agree and told.item() > 0
+        if WORLD > 1:  # all processes have to stop at the same iteration: they ask each other now and then
+            told = torch.tensor(float(stop), device=device)
+            stop = False
+            if log or iteration % 10 == 0:
+                average_over_processes([told])
+                stop = told.item() > 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:

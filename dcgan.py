@@ -265,8 +265,9 @@ def train(args, checkpoint):
     if args.hold_out:  # every so many-th image stays out of training
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
-        kept = {i * len(images) // args.hold_out for i in range(args.hold_out)}
-        unseen, images = images[sorted(kept)], images[[i for i in range(len(images)) if i not in kept]]
+        held_out = {i * len(images) // args.hold_out for i in range(args.hold_out)}
+        unseen = images[sorted(held_out)]
+        images = images[[i for i in range(len(images)) if i not in held_out]]
         watched = [some.to(device) / 127.5 - 1 for some in (images[:args.hold_out], unseen)]
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
@@ -289,11 +290,11 @@ def train(args, checkpoint):
              f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
     signals, stop, first, start = data.catch_signals(), False, iteration, time.perf_counter()
-    random = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
+    rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
-        random.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
+        rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         batch = data.batch(images, args.batch, (iteration - 1) * WORLD + RANK, args.seed, device)
         real = data.deluxe(batch, args.size, args.deluxe)
         train_G = iteration % args.critic_iters == 0
@@ -301,12 +302,15 @@ def train(args, checkpoint):
         if train_G:
             average(ema_values, G_values, args.ema, iteration)
         recent.append(losses)
-        last, stop = iteration == args.iters, bool(signals)  # read once, as a signal may come at any time
+        last = iteration == args.iters
+        stop = bool(signals)  # read once, as a signal may come at any time
         log = last or iteration % args.log_every == 0
-        if WORLD > 1:  # all processes have to stop at the same iteration
-            told, agree = torch.tensor(float(stop), device=device), log or iteration % 10 == 0
-            average_over_processes([told] if agree else [])
-            stop = agree and told.item() > 0
+        if WORLD > 1:  # all processes have to stop at the same iteration: they ask each other now and then
+            told = torch.tensor(float(stop), device=device)
+            stop = False
+            if log or iteration % 10 == 0:
+                average_over_processes([told])
+                stop = told.item() > 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
