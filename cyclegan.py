@@ -9,17 +9,15 @@ Two games as in dcgan.py, with pictures for noise. G_XY turns pictures of X into
 for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy one. The
 cycle ties the two together: from the translation, G_YX must restore the original.
 
-Three things are not as Zhu et al. had them. Up to 128 px G is smaller, and it doubles sizes by
-copying pixels. No norm stands next to an image, and none in D. Samples come from a running
-average of each G. Close to the paper, for 1000 pictures a set:
+Not as Zhu et al. had them: G doubles the size by copying pixels, and is smaller below 256 px. No
+norm stands next to an image. D has no norm, and its gradient is clipped. Samples come from a
+running average of each G. Close to the paper, for 1000 pictures a set:
 
     python cyclegan.py --patch --cycle --deluxe --size 256 --width 64 --lambda-cycle 10
-        --identity 5 --batch 1 --g-lr 2e-4 --d-lr 1e-4 --decay --ema 0 --iters 200000
+        --identity 5 --batch 1 --g-lr 2e-4 --d-lr 2e-4 --decay --ema 0 --iters 200000
 """
 import copy
-import itertools
 import math
-import os
 import time
 from pathlib import Path
 
@@ -31,10 +29,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 import data
 import diffaug
-
-RANK, WORLD = 0, 1  # this process's number, and how many there are
-if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+from data import RANK, WORLD  # this process's number, and how many there are
 
 # ---- Networks ----
 def init_weights(net):
@@ -84,8 +79,7 @@ class Generator(nn.Sequential):
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
     patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34, at 32 px 16.
-    spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018): that limits,
-    up to a factor, how steeply D's score can change."""
+    spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018)."""
 
     def __init__(self, size=64, width=32, spectral=False, patch=False):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
@@ -108,8 +102,7 @@ class Discriminator(nn.Sequential):
 def build(args, device):
     Gs = [Generator(args.size, args.width, args.blocks) for _ in "XY"]
     Ds = [Discriminator(args.size, args.width, args.spectral_norm, args.patch) for _ in "XY"]
-    mps = torch.device(device).type == "mps"  # where channels-last is slow
-    layout = torch.contiguous_format if mps else torch.channels_last
+    layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last  # slow on Apple's GPUs
     return [net.to(device, memory_format=layout) for net in Gs + Ds]
 
 class Pool:
@@ -197,14 +190,14 @@ def average_over_processes(tensors):
 # ---- The loop ----
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    # Linux takes large freed blocks back, and new ones cost thousands of page faults an iteration. Once a
-    # block of nearly 32 MiB was freed, its C library keeps them: a tenth more images/s on a CPU.
+    # Once a program has freed a block of nearly 32 MiB, Linux lets it keep what it frees, and hands out no
+    # new pages at each iteration: a tenth more images/s on a CPU.
     torch.empty(33_000_000, dtype=torch.uint8)
     with data.mendable(f"--device {args.device}", Exception):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if WORLD > 1 else 0)
+            device = torch.device("cuda", dist.get_node_local_rank() if WORLD > 1 else 0)
         torch.zeros(1, device=device)  # is it there?
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
@@ -214,7 +207,7 @@ def setup(args):
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
         dist.init_process_group()
-    bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and bf16)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 def optimizer(nets, rate):
@@ -236,10 +229,10 @@ def train(args, checkpoint):
     sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
     if device.type != "cuda" or sets[0].nbytes + sets[1].nbytes < torch.cuda.mem_get_info()[0] / 3:
         sets = [images.to(device) for images in sets]  # larger sets stay on the CPU
-    truth = None  # drawn cats that are in neither set, each in both breeds: the right answers
-    if {args.X, args.Y} == set(data.DRAWN):
-        truth = [torch.cat([cat for _, cat in read_pictures(name, args.size)]).to(device)
-                 for name in (args.X, args.Y)]
+    drawn = {args.X, args.Y} == set(data.DRAWN)
+    if drawn:  # cats that are in neither set, each in both breeds: the right answers
+        true_x, true_y = [torch.cat([cat for _, cat in read_pictures(name, args.size)]).to(device)
+                          for name in (args.X, args.Y)]
 
     torch.manual_seed(args.seed)
     G_XY, G_YX, D_X, D_Y = nets = build(args, device)
@@ -260,14 +253,15 @@ def train(args, checkpoint):
     data.say(f"{folder}: {len(sets[0])} images of {args.X} and {len(sets[1])} of {args.Y} at {args.size} px, "
              f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
-    signals, stop, first, start = data.catch_signals(), False, iteration, time.perf_counter()
+    signals, stop = data.catch_signals(), False
+    first, start = iteration, time.perf_counter()  # of the rows to come, for images/s
     rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
         # Its randomness follows from its number: a resumed run has none to restore.
         rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
-        decay = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
-        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * decay, args.d_lr * decay
+        part = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
+        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * part, args.d_lr * part
         k = (iteration - 1) * WORLD + RANK
         x, y = [data.deluxe(data.batch(images, args.batch, k, args.seed + i, device), args.size, args.deluxe)
                 for i, images in enumerate(sets)]
@@ -276,14 +270,12 @@ def train(args, checkpoint):
 
         recent.append(losses)
         last = iteration == args.iters
-        stop = bool(signals)  # read once, as a signal may come at any time
-        log = last or iteration % args.log_every == 0
-        if WORLD > 1:  # all processes have to stop at the same iteration: they ask each other now and then
+        stop = len(signals) > 0  # read once, as a signal may come at any time
+        if WORLD > 1:  # all have to stop at the same iteration: at each tenth they ask each other
             told = torch.tensor(float(stop), device=device)
-            stop = False
-            if log or iteration % 10 == 0:
-                average_over_processes([told])
-                stop = told.item() > 0
+            average_over_processes([told] if iteration % 10 == 0 else [])
+            stop = iteration % 10 == 0 and told.item() > 0
+        log = last or iteration % args.log_every == 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
@@ -293,9 +285,9 @@ def train(args, checkpoint):
             names = dict.fromkeys(name for old in recent for name in old)  # a resume may bring more
             row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
             average_over_processes(row.values())
-            if truth:  # mean |difference| of translations and right answers
-                x, y = truth
-                row["truth_error"] = (F.l1_loss(ema_XY(x), y) + F.l1_loss(ema_YX(y), x)) / 2
+            if drawn:  # mean |difference| of translations and right answers
+                row["truth_error"] = (F.l1_loss(ema_XY(true_x), true_y)
+                                      + F.l1_loss(ema_YX(true_y), true_x)) / 2
             seconds = (time.perf_counter() - start) / (iteration - first)
             row["images/s"] = args.batch * WORLD / seconds
             rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
@@ -306,10 +298,10 @@ def train(args, checkpoint):
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
             data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
-        with data.only_for_show():
+        with data.mendable("not written", Exception, fatal=False):  # what is for show ends no run
             if sample:
-                y, x = ema_XY(fixed_x), ema_YX(fixed_y)
-                sheet = torch.cat([fixed_x, y, ema_YX(y), fixed_y, x, ema_XY(x)])
+                fake_y, fake_x = ema_XY(fixed_x), ema_YX(fixed_y)
+                sheet = torch.cat([fixed_x, fake_y, ema_YX(fake_y), fixed_y, fake_x, ema_XY(fake_x)])
                 data.save_sheet(sheet, folder, iteration, columns=few)
             if save:
                 data.save_views(rows, folder, last or stop)
@@ -328,11 +320,10 @@ def read_pictures(source, side):
 
     taken = set()
     for path, image in data.read(source, data.find_images(source, held_out=True), resize):
-        name = stem = data.shorten(Path(path).stem)
-        for k in itertools.count(2):
-            if name.lower() not in taken:
-                break
-            name = f"{stem}-{k}"  # there is one in another folder or format
+        name, k = data.shorten(Path(path).stem), 2
+        stem = name
+        while name.lower() in taken:  # there is one in another folder or format
+            name, k = f"{stem}-{k}", k + 1
         taken.add(name.lower())
         yield f"{name}.png", pil_to_tensor(image)[None] / 127.5 - 1
 
@@ -349,17 +340,14 @@ def translate(args, checkpoint):
         result = G(padded.to(device))[:, :, :height, :width]
         with data.mendable(f"can't write {folder / name}"):
             data.save_png(data.to_pillow(result), folder / name)
-    data.say(folder)
+    data.say(str(folder))
 
 # ---- Options ----
-OF_THE_NETWORKS = "size width blocks patch spectral_norm".split()
-
 def options(argv=None):
     """-> the options, and the checkpoint of the run that they name, or None."""
     parser = data.new_parser(__doc__)
     arg = parser.add_argument_group("data").add_argument
-    arg("--X", type=data.path, default="toy-blue",
-        help="folder or .zip of images; drawn: toy-grumpy, toy-blue")
+    arg("--X", type=data.path, default="toy-blue", help="folder or .zip; drawn: toy-grumpy, toy-blue")
     arg("--Y", type=data.path, default="toy-grumpy", help="the other set: unpaired")
     data.add_images(arg)
     arg = parser.add_argument_group("networks").add_argument
@@ -371,8 +359,7 @@ def options(argv=None):
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
         help="a translation must lead back to its original (plain: l1)")
     arg("--lambda-cycle", type=float, help="weight of that (2); less: more change")
-    arg("--identity", type=float, default=2.0,
-        help="weight: G_XY must leave Y as it is, which keeps colours (2)")
+    arg("--identity", type=float, default=2.0, help="weight: G_XY must leave Y as it is; keeps colours (2)")
     arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
     arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
     arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
@@ -392,7 +379,7 @@ def options(argv=None):
         args.lambda_cycle = 2.0
     if args.blocks is None:
         args.blocks = 9 if args.size == 256 else 3
-    data.check(parser, args, checkpoint, OF_THE_NETWORKS, "translate")
+    data.check(parser, args, checkpoint, "translate", fixed="size width blocks patch spectral_norm")
     if (args.translate is None) != (args.input is None):
         parser.error("--translate RUN and --input PATH go together")
     if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):

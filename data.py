@@ -1,7 +1,7 @@
 """Pictures in, batches, pictures out, and the files of a run.
 
     python data.py get apple2orange                   # CycleGAN's data sets, to datasets/
-    python data.py preview FOLDER --deluxe --diffaug  # preview.png: what D will see
+    python data.py preview FOLDER --deluxe --diffaug  # out/preview.png: what D will see
 
 An image is uint8 [3, H, W] until deluxe(). From there it is float in [-1, 1].
 """
@@ -33,7 +33,9 @@ from torchvision.utils import make_grid
 
 import diffaug
 
-RANK = int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0  # torchrun sets both
+RANK, WORLD = 0, 1  # this process's number, and how many there are
+if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 # ---- Images in ----
 MARK = "made by dcgan.py or cyclegan.py"
@@ -91,7 +93,7 @@ def find_images(source, held_out=False):
     kinds = " ".join(sorted({Path(name).suffix.lower() or "no suffix" for name in names} - READABLE))
     for more, less, what in ((names, images, f"files ({kinds})"), (images, real, f"pictures {MARK}")):
         if len(more) > len(less):
-            say(f"{source}: left out {len(more) - len(less)} {what}", file=sys.stderr)
+            say(f"{source}: left out {len(more) - len(less)} {what}", sys.stderr)
     return [(name, lambda name=name: Image.open(files[name].open("rb"))) for name in real]
 
 def read(source, files, convert):
@@ -108,7 +110,7 @@ def read(source, files, convert):
                 good += 1
                 yield result
     if good < len(files):
-        say(f"{source}: skipped {len(files) - good} of {len(files)} files", file=sys.stderr)
+        say(f"{source}: skipped {len(files) - good} of {len(files)} files", sys.stderr)
     if not good:
         raise BadInput(f"no usable image in {source}: looked for .png, .jpg and others")
 
@@ -118,12 +120,11 @@ def load_images(source, size, limit=None):
         image.draft("RGB", (2 * size, 2 * size))  # decodes a JPEG smaller: much faster
         return ImageOps.fit(to_rgb(image), (size, size))
 
-    files, count = find_images(source)[:limit], 0
+    files = find_images(source)[:limit]
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for _, image in read(source, files, square):
-        images[count] = pil_to_tensor(image)
-        count += 1
-    return images[:count]
+    for good, (_, image) in enumerate(read(source, files, square)):
+        images[good] = pil_to_tensor(image)
+    return images[:good + 1]
 
 # ---- Batches ----
 @lru_cache(maxsize=8)
@@ -303,11 +304,7 @@ def mendable(what, kind=OSError, fatal=True):
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         if fatal:
             raise BadInput(f"{what}: {reason}") from None
-        say(f"{what}:", *reason.split(), file=sys.stderr)
-
-def only_for_show():
-    """Around pictures and tables of a run: if one can't be written, that is told, and the run goes on."""
-    return mendable("not written", Exception, fatal=False)
+        say(f"{what}: {reason}", sys.stderr)
 
 @contextmanager
 def one_line_errors():
@@ -321,20 +318,16 @@ def one_line_errors():
         memory = re.search("(of|enough|allocate) mem|bad_alloc", message)
         if not isinstance(error, BadInput) and (RANK or not memory):
             raise
-        say(f"{Path(sys.argv[0]).name}: error:", *message.split(), file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: error: {message}", sys.stderr)
         sys.exit(2)
 
-def say(*words, file=None):
-    """print() that ends no run: neither by a closed pipe, nor by a letter that the terminal has not."""
-    if RANK:
-        return  # the first process speaks for all
-    file = file or sys.stdout
-    try:
-        if isinstance(file, io.TextIOWrapper):
-            file.reconfigure(errors="backslashreplace")
-        print(*words, file=file, flush=True)
-    except OSError:  # nobody reads it any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+def say(text, stream=None):
+    """A line, from the first process. It ends no run: not by a closed pipe, nor by a letter unknown there."""
+    if RANK == 0:
+        stream = stream or sys.stdout
+        line = text.replace("\n", " ") + "\n"
+        with suppress(OSError):  # nobody reads it any more
+            os.write(stream.fileno(), line.encode(stream.encoding, "backslashreplace"))
 
 def status(row, iters, minutes):
     numbers = "  ".join([f"{name} {value:#.3g}" for name, value in row.items()][1:6])
@@ -344,8 +337,8 @@ def end(program, folder, iteration, iters, signals):
     if iteration == iters:
         return say(f"finished at iteration {iteration}: {folder}")
     again = f"python {program}.py --resume {shlex.quote(str(folder))}"
-    say(f"stopped at iteration {iteration}; go on with: {again}", file=sys.stderr)
-    sys.exit(128 + signals[0] if signals else 143)
+    say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
+    sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 def catch_signals():
     """-> a list, to which a signal to end will be added. A second one ends the program at once."""
@@ -353,9 +346,9 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, kill, a closed terminal
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Ctrl-C, kill, a closed terminal
+        number = getattr(signal, name)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the last
             signal.signal(number, catch)
     return caught
 
@@ -416,9 +409,9 @@ def parse(parser, argv, program, apply):
     plain_deluxe(args)
     return args, checkpoint
 
-def check(parser, args, checkpoint, fixed, apply):
+def check(parser, args, checkpoint, apply, fixed):
     trained = checkpoint["options"] if checkpoint else vars(args)
-    changed = [name for name in fixed if getattr(args, name) != trained.get(name)]
+    changed = [name for name in fixed.split() if getattr(args, name) != trained.get(name)]
     if changed:
         parser.error(f"a trained network's {', '.join(changed)} can't change")
     if args.resume and (args.out or getattr(args, apply)):
@@ -443,7 +436,7 @@ def get(name):
             with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
                 download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
                 os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
-            return say(target)
+            return say(str(target))
     raise BadInput(f"no {name}: put images into {target}/trainA, trainB, ...")
 
 def main(argv=None):
@@ -454,15 +447,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.command == "get":
         return get(args.source)
-    if Path("preview.png").exists() and not is_ours(Path("preview.png")):
-        raise BadInput("preview.png is there already, and not by this program")
     plain_deluxe(args)
     sheet = [load_images(args.source, args.size, limit=8) / 127.5 - 1]
     images = load_images(args.source, load_size(args.size, args.deluxe), limit=8)
     sheet += [diffaug.augment(deluxe(images, args.size, args.deluxe), args.diffaug) for _ in range(11)]
-    with mendable("can't write preview.png"):
-        save_png(to_pillow(torch.stack(sheet, dim=1).flatten(0, 1), columns=12), "preview.png")
-    say("preview.png: in each row an image, then 11 augmented versions")
+    with mendable("can't write out/preview.png"):
+        save_png(to_pillow(torch.stack(sheet, dim=1).flatten(0, 1), columns=12), "out/preview.png")
+    say("out/preview.png: in each row an image, then 11 augmented versions")
 
 # ---- Drawn cats ----
 DRAWN, HELD_OUT = {"toy-grumpy": range(204), "toy-blue": range(1000, 1075)}, range(2000, 2016)

@@ -9,16 +9,15 @@ Two networks play against each other. The generator G turns noise z into an imag
 discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
 scores 1. Nobody ever tells G what a cat is.
 
-Four things are not as Radford et al. had them. G doubles the size by copying pixels. The noise
-steers each of its norms. D has no norm, but sees how much a batch varies. Samples come from a
-running average of G. Close to the paper, for tens of thousands of pictures:
+Not as Radford et al. had them: G doubles the size by copying pixels, and the noise steers each
+of its norms. D has no norm, but sees how much a batch varies, and its gradient is clipped. Samples
+come from a running average of G. Close to the paper, for tens of thousands of pictures:
 
     python dcgan.py --up transpose --norm batch --d-norm batch --no-minibatch-std --ema 0
         --loss vanilla --z 100 --width 128 --batch 128 --g-lr 2e-4 --d-lr 2e-4
 """
 import copy
 import math
-import os
 import time
 from pathlib import Path
 
@@ -30,10 +29,7 @@ from torchvision.transforms.functional import center_crop
 
 import data
 import diffaug
-
-RANK, WORLD = 0, 1  # this process's number, and how many there are
-if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+from data import RANK, WORLD  # this process's number, and how many there are
 
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
@@ -73,7 +69,6 @@ class Generator(nn.Sequential):
     """Noise [B, z, 1, 1] -> images [B, 3, size, size] in [-1, 1]. In the comments size 64, width 32."""
 
     def __init__(self, size=64, width=32, z=32, up="resize", norm="modulated", selu=False):
-        norm = "none" if selu else norm
         bias = norm == "none"  # a norm would take it out again
         side, channels = 4, min(8, size // 8) * width
         layers = [nn.ConvTranspose2d(z, channels, 4, bias=bias)]  # [B, 256, 4, 4]
@@ -104,7 +99,6 @@ class Discriminator(nn.Sequential):
     up to a factor, how steeply D's score can change."""
 
     def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=True):
-        norm = "none" if spectral or selu else norm
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
         if patch:
             strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
@@ -130,8 +124,7 @@ def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
     D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
                       args.minibatch_std)
-    mps = torch.device(device).type == "mps"  # where channels-last is slow
-    layout = torch.contiguous_format if mps else torch.channels_last
+    layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last  # slow on Apple's GPUs
     return [net.to(device, memory_format=layout) for net in (G, D)]
 
 # ---- Losses ----
@@ -216,14 +209,14 @@ def average_over_processes(tensors):
 # ---- The loop ----
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    # Linux takes large freed blocks back, and new ones cost thousands of page faults an iteration. Once a
-    # block of nearly 32 MiB was freed, its C library keeps them: a tenth more images/s on a CPU.
+    # Once a program has freed a block of nearly 32 MiB, Linux lets it keep what it frees, and hands out no
+    # new pages at each iteration: a tenth more images/s on a CPU.
     torch.empty(33_000_000, dtype=torch.uint8)
     with data.mendable(f"--device {args.device}", Exception):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if WORLD > 1 else 0)
+            device = torch.device("cuda", dist.get_node_local_rank() if WORLD > 1 else 0)
         torch.zeros(1, device=device)  # is it there?
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
@@ -233,7 +226,7 @@ def setup(args):
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
         dist.init_process_group()
-    bf16 = args.dtype == "bf16" or args.dtype == "auto" and bf16
+    bf16 = args.dtype == "bf16" or (args.dtype == "auto" and bf16)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 def optimizer(net, rate, loss):
@@ -249,6 +242,12 @@ def average(ema_values, G_values, decay, iteration):
     """Move the average towards G, at first fast, to forget the random start."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
 
+def hold_out(images, n):
+    """-> the images to train on, and n of them, evenly spread, that stay out of training."""
+    out = torch.zeros(len(images), dtype=torch.bool)
+    out[[i * len(images) // n for i in range(n)]] = True
+    return images[~out], images[out]
+
 @torch.no_grad()
 def score_as_they_are(D, images, args):
     """D's mean score of float images, not augmented. In batches as in training, as D may look at a batch."""
@@ -262,12 +261,10 @@ def train(args, checkpoint):
         return data.say(f"{args.resume} is at iteration {checkpoint['iteration']}: give more --iters")
     device, autocast = setup(args)
     images = data.load_images(args.data, data.load_size(args.size, args.deluxe))
-    if args.hold_out:  # every so many-th image stays out of training
+    if args.hold_out:
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
-        held_out = {i * len(images) // args.hold_out for i in range(args.hold_out)}
-        unseen = images[sorted(held_out)]
-        images = images[[i for i in range(len(images)) if i not in held_out]]
+        images, unseen = hold_out(images, args.hold_out)
         watched = [some.to(device) / 127.5 - 1 for some in (images[:args.hold_out], unseen)]
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
@@ -289,7 +286,8 @@ def train(args, checkpoint):
     data.say(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
              f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
-    signals, stop, first, start = data.catch_signals(), False, iteration, time.perf_counter()
+    signals, stop = data.catch_signals(), False
+    first, start = iteration, time.perf_counter()  # of the rows to come, for images/s
     rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
@@ -303,14 +301,12 @@ def train(args, checkpoint):
             average(ema_values, G_values, args.ema, iteration)
         recent.append(losses)
         last = iteration == args.iters
-        stop = bool(signals)  # read once, as a signal may come at any time
-        log = last or iteration % args.log_every == 0
-        if WORLD > 1:  # all processes have to stop at the same iteration: they ask each other now and then
+        stop = len(signals) > 0  # read once, as a signal may come at any time
+        if WORLD > 1:  # all have to stop at the same iteration: at each tenth they ask each other
             told = torch.tensor(float(stop), device=device)
-            stop = False
-            if log or iteration % 10 == 0:
-                average_over_processes([told])
-                stop = told.item() > 0
+            average_over_processes([told] if iteration % 10 == 0 else [])
+            stop = iteration % 10 == 0 and told.item() > 0
+        log = last or iteration % args.log_every == 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
@@ -333,7 +329,7 @@ def train(args, checkpoint):
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
             data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
-        with data.only_for_show():
+        with data.mendable("not written", Exception, fatal=False):  # what is for show ends no run
             if sample:
                 data.save_sheet(ema(fixed_z), folder, iteration)
             if save:
@@ -350,8 +346,7 @@ def slerp(a, b, t):
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 def nearest(fakes, images):
-    """For float fakes [N, 3, S, S] the closest of the uint8 images [M, 3, S, S] and their mirror images, at
-    32 x 32 pixels: float [N, 3, S, S]."""
+    """For float fakes [N, 3, S, S] the closest of uint8 images [M, 3, S, S] or mirrored ones, as float."""
     images = torch.cat([images, images.flip(3)])
     small = torch.cat([F.adaptive_avg_pool2d(part / 127.5 - 1, 32).flatten(1) for part in images.split(256)])
     distances = torch.cdist(F.adaptive_avg_pool2d(fakes, 32).flatten(1), small)
@@ -377,15 +372,13 @@ def sample(args, checkpoint):
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
         data.say(f"{folder}: images, grid.png, walk.gif, walk.png, nearest.png")
         try:
-            images = data.load_images(args.data, args.size)
+            images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
         except data.BadInput as error:
             return data.say(f"no nearest.png: {error}")
         pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
         data.save_png(data.to_pillow(pairs), folder / "nearest.png")
 
 # ---- Options ----
-OF_THE_NETWORKS = "size width z up norm d_norm spectral_norm patch selu minibatch_std loss".split()
-
 def options(argv=None):
     """-> the options, and the checkpoint of the run that they name, or None."""
     parser = data.new_parser(__doc__)
@@ -398,20 +391,20 @@ def options(argv=None):
     arg("--width", type=int, default=32, help="channels of D's first layer (32)")
     arg("--z", type=int, default=32, help="length of the noise z (32)")
     arg("--up", choices=("resize", "transpose"), default="resize", help="how G doubles the size (resize)")
-    arg("--norm", choices=("modulated", "batch", "instance", "none"), default="modulated",
-        help="norm in G; modulated: batch norm, scaled and shifted by z (modulated)")
+    arg("--norm", choices=("modulated", "batch", "instance", "none"),
+        help="norm in G; modulated: batch norm, scaled and shifted by z (modulated; --selu: none)")
     arg("--d-norm", choices=("batch", "instance", "none"), help="norm in D (none; wgan: batch)")
-    arg("--spectral-norm", action="store_true", help="in D, in place of a norm: calms losses that jump")
+    arg("--spectral-norm", action="store_true", help="on D's weights: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
     arg("--no-minibatch-std", dest="minibatch_std", action="store_false", default=None,
         help="don't show D how much a batch varies (shown, but with --patch and wgan-gp)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
-        help="squared distance; log-likelihood, as in the first GANs; scores of limited slope (lsgan)")
+        help="squared distance; log-likelihood, as in the first GANs; the others limit D's slope (lsgan)")
     arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
     arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
-        help="draw D's target for real images from U(LO, HI): 0.8 0.9 if D is too sure (1 1)")
+        help="lsgan, vanilla: draw D's target for real images from U(LO, HI); 0.8 0.9 if D is too sure (1 1)")
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
@@ -427,9 +420,11 @@ def options(argv=None):
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
     if args.minibatch_std is None:
         args.minibatch_std = not args.patch and args.loss != "wgan-gp"
+    args.norm = args.norm or ("none" if args.selu else "modulated")
     if args.d_norm is None:  # clipped weights are small: without a norm, D's signals fade from layer to layer
-        args.d_norm = "batch" if args.loss == "wgan" else "none"
-    data.check(parser, args, checkpoint, OF_THE_NETWORKS, "sample")
+        args.d_norm = "batch" if args.loss == "wgan" and not (args.selu or args.spectral_norm) else "none"
+    data.check(parser, args, checkpoint, "sample",
+               fixed="size width z up norm d_norm spectral_norm patch selu minibatch_std loss")
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
