@@ -267,7 +267,6 @@ def train(args, checkpoint):
                 for i, images in enumerate(sets)]
         losses = step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast)
         average(ema_values, G_values, args.ema, iteration)
-
         recent.append(losses)
         last = iteration == args.iters
         stop = len(signals) > 0  # read once, as a signal may come at any time
@@ -382,8 +381,8 @@ def options(argv=None):
     data.check(parser, args, checkpoint, "translate", fixed="size width blocks patch spectral_norm")
     if (args.translate is None) != (args.input is None):
         parser.error("--translate RUN and --input PATH go together")
-    if not (0 <= args.lambda_cycle < math.inf and 0 <= args.identity < math.inf and args.pool >= 0):
-        parser.error("--lambda-cycle, --identity and --pool can't be negative")
+    if not all(0 <= n < math.inf for n in (args.lambda_cycle, args.identity, args.pool, args.blocks)):
+        parser.error("--lambda-cycle, --identity, --blocks and --pool can't be negative")
     if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
         parser.error("--X and --Y go together, and drawn cats with drawn cats")
     if 0 < args.pool < args.batch:

@@ -66,7 +66,7 @@ def is_ours(file):
 def walk(folder, seen):
     """Yield the files below a folder, through links, but into no folder twice: a link may lead back."""
     seen.add(folder.resolve())
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name[0] in ".@_", path)):  # hidden ones last
         if path.is_dir() and path.resolve() not in seen:
             yield from walk(path, seen)
         elif path.is_file():
@@ -87,7 +87,7 @@ def find_images(source, held_out=False):
             archive = zipfile.ZipFile(path)
             files = {name: zipfile.Path(archive, name) for name in archive.namelist()}
     # Systems put things beside pictures: .thumbnails/1.png, .Trash-1000, @eaDir, __MACOSX/._1.png.
-    names = [name for name in sorted(files) if not re.search("(^|/)([.@]|__MACOSX)|/$", name)]
+    names = [name for name in sorted(files) if not re.search("(^|/)([.@][^/]|__MACOSX)|/$", name)]
     images = [name for name in names if Path(name).suffix.lower() in READABLE]
     real = [name for name in images if not is_ours(files[name])] or images  # if all are ours, they are meant
     kinds = " ".join(sorted({Path(name).suffix.lower() or "no suffix" for name in names} - READABLE))
@@ -279,16 +279,14 @@ def shorten(name):
     return name.encode(errors="replace")[:200].decode(errors="ignore")  # file systems take up to 255 bytes
 
 def new_folder(given, otherwise):
-    """Make the given folder, which has to be empty or new, or else OTHERWISE, OTHERWISE-2, ..."""
+    """Make the given folder, which has to be new, or else OTHERWISE, OTHERWISE-2, ..."""
     folder, k = Path(given or otherwise), 2
     if RANK:
         return folder  # the first process writes
-    with mendable(f"can't write {folder}"):
+    with mendable(f"can't make the folder {folder}: give another --out"):
         while not given and folder.exists():
             folder, k = Path(f"{otherwise}-{k}"), k + 1
-        folder.mkdir(parents=True, exist_ok=bool(given))
-        if any(folder.iterdir()):
-            raise BadInput(f"{given} is in use: give another --out, or --resume it")
+        folder.mkdir(parents=True)
     return folder
 
 # ---- Messages ----
@@ -301,7 +299,7 @@ def mendable(what, kind=OSError, fatal=True):
     try:
         yield
     except kind as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
         if fatal:
             raise BadInput(f"{what}: {reason}") from None
         say(f"{what}: {reason}", sys.stderr)
@@ -314,20 +312,23 @@ def one_line_errors():
     except KeyboardInterrupt:  # nothing is lost: training catches the signal itself
         sys.exit(130)
     except (BadInput, MemoryError, RuntimeError) as error:
-        message = str(error) or "out of memory"
-        memory = re.search("(of|enough|allocate) mem|bad_alloc", message)
-        if not isinstance(error, BadInput) and (RANK or not memory):
+        memory = re.search("(out of|enough|allocate) memory|bad_alloc|MemoryError", repr(error))
+        if not (memory or isinstance(error, BadInput)):
             raise
-        say(f"{Path(sys.argv[0]).name}: error: {message}", sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: error: {str(error) or 'out of memory'}", sys.stderr)
         sys.exit(2)
 
 def say(text, stream=None):
-    """A line, from the first process. It ends no run: not by a closed pipe, nor by a letter unknown there."""
-    if RANK == 0:
-        stream = stream or sys.stdout
-        line = text.replace("\n", " ") + "\n"
-        with suppress(OSError):  # nobody reads it any more
-            os.write(stream.fileno(), line.encode(stream.encoding, "backslashreplace"))
+    """Print a line. It ends no run: neither by a closed pipe, nor by a letter that the terminal has not."""
+    if RANK and not stream:
+        return  # on stdout the first process speaks for all
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = text.replace("\n", " ").encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:  # nobody reads it any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 def status(row, iters, minutes):
     numbers = "  ".join([f"{name} {value:#.3g}" for name, value in row.items()][1:6])
@@ -413,7 +414,7 @@ def check(parser, args, checkpoint, apply, fixed):
     trained = checkpoint["options"] if checkpoint else vars(args)
     changed = [name for name in fixed.split() if getattr(args, name) != trained.get(name)]
     if changed:
-        parser.error(f"a trained network's {', '.join(changed)} can't change")
+        parser.error(f"a trained run's {', '.join(changed)} can't change")
     if args.resume and (args.out or getattr(args, apply)):
         parser.error(f"with --resume, leave --out and --{apply} away")
     if min(args.width, args.batch, args.iters, args.log_every, args.sample_every, args.save_every) < 1:

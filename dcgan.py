@@ -370,7 +370,7 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(fakes), folder / "grid.png")
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
-        data.say(f"{folder}: images, grid.png, walk.gif, walk.png, nearest.png")
+        data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
         try:
             images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
         except data.BadInput as error:
@@ -424,7 +424,7 @@ def options(argv=None):
     if args.d_norm is None:  # clipped weights are small: without a norm, D's signals fade from layer to layer
         args.d_norm = "batch" if args.loss == "wgan" and not (args.selu or args.spectral_norm) else "none"
     data.check(parser, args, checkpoint, "sample",
-               fixed="size width z up norm d_norm spectral_norm patch selu minibatch_std loss")
+               fixed="size width z up norm d_norm spectral_norm patch selu minibatch_std loss hold_out")
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):

@@ -306,6 +306,7 @@ def test_load_images_from_folder_and_zip(capfd):
     zipfile.main(["-c", "all.zip", "in"])
     Path("linked").mkdir()
     Path("linked/folder").symlink_to("../in")
+    Path("linked/.folder").symlink_to("../in")
     Path("in/deep/back").symlink_to("../../linked")
     Path("in/gone.png").symlink_to("nowhere")
     for source in ("in", "all.zip", "linked"):
@@ -512,7 +513,7 @@ def test_what_is_for_show_ends_no_run_and_comes_after_the_checkpoint(monkeypatch
     assert movie.size == Image.open("run/samples/1000000.png").size and movie.n_frames == 3
     assert Path("run/log.csv").read_text() == "iteration,G,D(real)\n1,0.5,1\n2,0.4,\n"
 
-@pytest.mark.parametrize("sink", ["> /dev/full", "| true"])  # true closes the pipe
+@pytest.mark.parametrize("sink", ["> /dev/full", ">&-", "| true"])  # true closes the pipe
 def test_a_run_whose_output_nobody_can_take_goes_on(sink):
     line = f"'{sys.executable}' '{HERE}/dcgan.py' {' '.join(command(dcgan))} {sink}"
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], stderr=subprocess.PIPE, text=True)
@@ -540,29 +541,30 @@ def test_names_are_cut_and_shown_on_any_terminal_and_places_are_for_the_user_to_
     assert (args.out, args.resume, args.device, args.sample) == (None, None, "auto", "run")
 
 @pytest.mark.parametrize("error, end", [
-    (OSError("of a learner's change"), OSError), (RuntimeError("shapes"), RuntimeError),
+    (OSError("of a learner's change"), OSError), (NotImplementedError(), NotImplementedError),
+    (RuntimeError("shapes"), RuntimeError), (MemoryError(), SystemExit),
     (data.BadInput("x"), SystemExit), (RuntimeError("DefaultCPUAllocator: not enough memory"), SystemExit)])
 def test_a_mistake_in_the_code_keeps_its_traceback(error, end):
     with pytest.raises(end), data.one_line_errors():
         raise error
 BAD_INPUT = """
-dcgan --data nowhere: nowhere is no | cyclegan --X run/samples --Y nowhere: nowhere is no
-dcgan --data empty: no usable image in empty | dcgan --data broken/ckpt.pt: whole .zip
-dcgan --data newer.zip: whole .zip | dcgan --data=: empty path | dcgan --resume=: empty path
-dcgan --sample=: empty path | dcgan --out=: empty path | cyclegan --X=: empty path | data preview : empty path
-cyclegan --deluxe flip,: no '' among | cyclegan --batch 0: at least 1 | dcgan --g-lr nan: between 0 and 1
-dcgan --smooth 0.9 0.2: LO <= HI | dcgan --width 1: --width and --z 2 | dcgan --g-target 9: -1 to 2
-cyclegan --cycle --lambda-cycle nan: --lambda-cycle | cyclegan --lambda-cycle 3: needs --cycle
-cyclegan --pool 3: --pool | cyclegan --X run/samples: --X and --Y | dcgan --device gpu: --device gpu
-dcgan --diffaug colour: 'colour' among color, | dcgan --data run/samples --hold-out 1: --hold-out
-dcgan --loss wgan-gp --d-norm batch: --d-norm | dcgan --device cuda:99: --device cuda:99
-cyclegan --input empty: go together | cyclegan --translate nowhere --input empty: no checkpoint
-dcgan --resume nowhere: no checkpoint | dcgan --resume broken: damaged | dcgan --resume folder: directory
-dcgan --resume run --width 8: width | cyclegan --resume run: no run of this cyclegan.py
-dcgan --resume run --out new: leave --out | dcgan --resume changed --iters 9: does not fit
-dcgan --sample changed: does not fit | dcgan --data run/samples --out run: in use
-dcgan --data run/samples --out newer.zip/new: can't write | dcgan --data run/samples --width 60000: memory
-data preview --diffaug run: a folder goes first | data fetch apple2orange: choose from"""
+cyclegan --translate nowhere --input empty: no checkpoint | dcgan --data run/samples --hold-out 1: --hold-out
+dcgan --data run/samples --out newer.zip/new: can't make | cyclegan --X run/samples --Y nowhere: nowhere is no
+cyclegan --cycle --lambda-cycle nan: --lambda-cycle | cyclegan --resume run: no run of this cyclegan.py
+dcgan --data run/samples --out run: another --out | data preview --diffaug run: a folder goes first
+dcgan --resume changed --iters 9: does not fit | dcgan --data run/samples --width 60000: memory
+dcgan --diffaug colour: 'colour' among color, | dcgan --loss wgan-gp --d-norm batch: --d-norm
+dcgan --data empty: no usable image in empty | dcgan --resume run --out new: leave --out
+dcgan --sample run --hold-out 9: hold_out | cyclegan --lambda-cycle 3: needs --cycle
+dcgan --device cuda:99: --device cuda:99 | dcgan --data broken/ckpt.pt: whole .zip | dcgan --data=: empty path
+cyclegan --X run/samples: --X and --Y | dcgan --resume nowhere: no checkpoint | cyclegan --batch 0: at least 1
+cyclegan --deluxe flip,: no '' among | dcgan --sample changed: does not fit | dcgan --smooth 0.9 0.2: LO <= HI
+data fetch apple2orange: choose from | dcgan --data nowhere: nowhere is no | dcgan --g-lr nan: between 0 and 1
+cyclegan --input empty: go together | dcgan --resume run --width 8: width | dcgan --data newer.zip: whole .zip
+dcgan --width 1: --width and --z 2 | dcgan --device gpu: --device gpu | dcgan --resume folder: directory
+cyclegan --blocks -1: --blocks | dcgan --resume broken: damaged | dcgan --resume=: empty path
+dcgan --sample=: empty path | dcgan --g-target 9: -1 to 2 | data preview : empty path
+cyclegan --pool 3: --pool | dcgan --out=: empty path"""
 
 @pytest.mark.parametrize("case", re.split(r"\n| \| ", BAD_INPUT.strip("\n")))
 def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
