@@ -356,7 +356,7 @@ def options(argv=None):
     arg("--spectral-norm", action="store_true", help="in both D: calms losses that jump")
     arg = parser.add_argument_group("training").add_argument
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
-        help="a translation must lead back to its original (plain: l1)")
+        help="a translation must lead back to its original (alone: l1)")
     arg("--lambda-cycle", type=float, help="weight of that (2); less: more change")
     arg("--identity", type=float, default=2.0, help="weight: G_XY must leave Y as it is; keeps colours (2)")
     arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")

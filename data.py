@@ -376,10 +376,10 @@ def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
     arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS",
         type=partial(listed, ["plain", *DELUXE]),
-        help=f"augment real images: some of {','.join(DELUXE)} (plain: crop,flip; if --diffaug shifts: flip)")
+        help=f"augment real images: some of {','.join(DELUXE)} (alone: crop,flip; if --diffaug shifts: flip)")
     arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", metavar="OPS",
         type=partial(listed, diffaug.POLICIES),
-        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (plain: {diffaug.PLAIN})")
+        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (alone: {diffaug.PLAIN})")
 
 def plain_deluxe(args):
     args.deluxe = args.deluxe.replace("plain", "flip" if "translation" in args.diffaug else "crop,flip")

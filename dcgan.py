@@ -386,7 +386,7 @@ def options(argv=None):
     arg("--data", type=data.path, default="toy-grumpy", help="folder or .zip; drawn: toy-grumpy, toy-blue")
     data.add_images(arg)
     arg("--hold-out", type=int, default=0, metavar="N",
-        help="keep N images out of training: the log then says whether D knows the others by heart (0)")
+        help="keep N images, at least --batch, out of training: does D know the others by heart? (0)")
     arg = parser.add_argument_group("networks").add_argument
     arg("--width", type=int, default=32, help="channels of D's first layer (32)")
     arg("--z", type=int, default=32, help="length of the noise z (32)")
@@ -398,13 +398,13 @@ def options(argv=None):
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
     arg("--no-minibatch-std", dest="minibatch_std", action="store_false", default=None,
-        help="don't show D how much a batch varies (shown, but with --patch and wgan-gp)")
+        help="don't show D how much a batch varies (shown, except with --patch or wgan-gp)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
-        help="squared distance; log-likelihood, as in the first GANs; the others limit D's slope (lsgan)")
+        help="squared distance; log-likelihood; the last two with D of limited slope (lsgan)")
     arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
     arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
-        help="lsgan, vanilla: draw D's target for real images from U(LO, HI); 0.8 0.9 if D is too sure (1 1)")
+        help="lsgan, vanilla: D's target for real images, at random; 0.8 0.9 if D is too sure (1 1)")
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
