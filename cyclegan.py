@@ -269,11 +269,11 @@ def train(args, checkpoint):
         average(ema_values, G_values, args.ema, iteration)
         recent.append(losses)
         last = iteration == args.iters
-        stop = len(signals) > 0  # read once, as a signal may come at any time
-        if WORLD > 1:  # all have to stop at the same iteration: at each tenth they ask each other
+        stop = len(signals) > 0 and (WORLD == 1 or iteration % 10 == 0)  # a signal may come at any time
+        if WORLD > 1 and iteration % 10 == 0:  # all have to stop at the same iteration: they ask each other
             told = torch.tensor(float(stop), device=device)
-            average_over_processes([told] if iteration % 10 == 0 else [])
-            stop = iteration % 10 == 0 and told.item() > 0
+            average_over_processes([told])
+            stop = told.item() > 0
         log = last or iteration % args.log_every == 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)

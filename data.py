@@ -39,6 +39,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
 
 # ---- Images in ----
 MARK = "made by dcgan.py or cyclegan.py"
+HIDDEN = re.compile("(^|/)([.@][^/]|__MACOSX)")  # .thumbnails/1.png, .Trash-1000, @eaDir, __MACOSX/._1.png
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 def to_rgb(image):
@@ -64,9 +65,9 @@ def is_ours(file):
         return MARK.encode() in opened.read(1000)
 
 def walk(folder, seen):
-    """Yield the files below a folder, through links, but into no folder twice: a link may lead back."""
+    """Yield a folder's files, through links, but nothing hidden, no folder twice: a link may lead back."""
     seen.add(folder.resolve())
-    for path in sorted(folder.iterdir(), key=lambda path: (path.name[0] in ".@_", path)):  # hidden ones last
+    for path in sorted(path for path in folder.iterdir() if not HIDDEN.match(path.name)):
         if path.is_dir() and path.resolve() not in seen:
             yield from walk(path, seen)
         elif path.is_file():
@@ -86,8 +87,7 @@ def find_images(source, held_out=False):
         else:
             archive = zipfile.ZipFile(path)
             files = {name: zipfile.Path(archive, name) for name in archive.namelist()}
-    # Systems put things beside pictures: .thumbnails/1.png, .Trash-1000, @eaDir, __MACOSX/._1.png.
-    names = [name for name in sorted(files) if not re.search("(^|/)([.@][^/]|__MACOSX)|/$", name)]
+    names = [name for name in sorted(files) if not (HIDDEN.search(name) or name.endswith("/"))]
     images = [name for name in names if Path(name).suffix.lower() in READABLE]
     real = [name for name in images if not is_ours(files[name])] or images  # if all are ours, they are meant
     kinds = " ".join(sorted({Path(name).suffix.lower() or "no suffix" for name in names} - READABLE))
@@ -349,7 +349,7 @@ def catch_signals():
         signal.signal(number, signal.SIG_DFL)
     for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Ctrl-C, kill, a closed terminal
         number = getattr(signal, name)
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the last
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, catch)
     return caught
 
