@@ -338,7 +338,8 @@ def end(program, folder, iteration, iters, signals):
     if iteration == iters:
         return say(f"finished at iteration {iteration}: {folder}")
     again = f"python {program}.py --resume {shlex.quote(str(folder))}"
-    say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
+    if RANK == 0:
+        say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
     sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
 
 def catch_signals():
