@@ -106,8 +106,7 @@ def build(args, device):
     return [net.to(device, memory_format=layout) for net in Gs + Ds]
 
 class Pool:
-    """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017).
-    Each process has its own. A checkpoint holds those of the first."""
+    """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017)."""
 
     def __init__(self, size):
         self.size, self.images = size, torch.empty(0)
@@ -182,16 +181,14 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
 
 def average_over_processes(tensors):
     """In place. Of gradients: so that all processes take the same step."""
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= WORLD
+    for tensor in tensors if WORLD > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= WORLD
 
 # ---- The loop ----
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    # Once a program has freed a block of nearly 32 MiB, Linux lets it keep what it frees, and hands out no
-    # new pages at each iteration: a tenth more images/s on a CPU.
+    # Linux lets a program keep what it frees once that was nearly 32 MiB: a tenth more images/s on a CPU.
     torch.empty(33_000_000, dtype=torch.uint8)
     with data.mendable(f"--device {args.device}", Exception):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -278,8 +275,7 @@ def train(args, checkpoint):
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            values = [value for old in recent for value in old.values()]
-            data.check_finite([*floats(*nets), *values], iteration)  # waits for the device
+            data.check_finite(floats(*nets), recent, iteration)  # waits for the device
         if log:
             names = dict.fromkeys(name for old in recent for name in old)  # a resume may bring more
             row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}

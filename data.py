@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.functional import autocontrast, pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import autocontrast, center_crop, pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 import diffaug
@@ -237,8 +236,9 @@ def save_views(rows, folder, last):
         frames = [frame.resize(frames[-1].size) for frame in frames]  # of a resumed run they may differ
         save_gif(frames, folder / "timelapse.gif", 150)
 
-def check_finite(tensors, iteration):
-    if not all(tensor.isfinite().all() for tensor in tensors):
+def check_finite(weights, recent, iteration):
+    values = [*weights, *(value for losses in recent for value in losses.values())]
+    if not all(value.isfinite().all() for value in values):
         raise BadInput(f"a loss or weight is not finite at iteration {iteration}: try lower --g-lr, --d-lr")
 
 def save_checkpoint(checkpoint, folder):
@@ -292,6 +292,7 @@ def new_folder(given, otherwise):
 # ---- Messages ----
 class BadInput(Exception):
     """Something that the user can mend. Its text says what is wrong and what to do."""
+    strerror = property(str)  # for mendable
 
 @contextmanager
 def mendable(what, kind=OSError, fatal=True):
@@ -369,18 +370,17 @@ def listed(known, text):
     return text
 
 def new_parser(doc):  # without usage, which would make errors longer than a line
-    width = min(100, shutil.get_terminal_size().columns)
     return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                   formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width))
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
 
 def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
     arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS",
         type=partial(listed, ["plain", *DELUXE]),
         help=f"augment real images: some of {','.join(DELUXE)} (alone: crop,flip; if --diffaug shifts: flip)")
-    arg("--diffaug", nargs="?", const=diffaug.PLAIN, default="", metavar="OPS",
+    arg("--diffaug", nargs="?", const="translation", default="", metavar="OPS",
         type=partial(listed, diffaug.POLICIES),
-        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (alone: {diffaug.PLAIN})")
+        help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (alone: translation)")
 
 def plain_deluxe(args):
     args.deluxe = args.deluxe.replace("plain", "flip" if "translation" in args.diffaug else "crop,flip")
@@ -450,8 +450,8 @@ def main(argv=None):
     if args.command == "get":
         return get(args.source)
     plain_deluxe(args)
-    sheet = [load_images(args.source, args.size, limit=8) / 127.5 - 1]
     images = load_images(args.source, load_size(args.size, args.deluxe), limit=8)
+    sheet = [center_crop(images, args.size) / 127.5 - 1]
     sheet += [diffaug.augment(deluxe(images, args.size, args.deluxe), args.diffaug) for _ in range(11)]
     with mendable("can't write out/preview.png"):
         save_png(to_pillow(torch.stack(sheet, dim=1).flatten(0, 1), columns=12), "out/preview.png")

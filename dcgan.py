@@ -201,16 +201,14 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
 
 def average_over_processes(tensors):
     """In place. Of gradients: so that all processes take the same step."""
-    if WORLD > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= WORLD
+    for tensor in tensors if WORLD > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= WORLD
 
 # ---- The loop ----
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    # Once a program has freed a block of nearly 32 MiB, Linux lets it keep what it frees, and hands out no
-    # new pages at each iteration: a tenth more images/s on a CPU.
+    # Linux lets a program keep what it frees once that was nearly 32 MiB: a tenth more images/s on a CPU.
     torch.empty(33_000_000, dtype=torch.uint8)
     with data.mendable(f"--device {args.device}", Exception):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -310,8 +308,7 @@ def train(args, checkpoint):
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            values = [value for old in recent for value in old.values()]
-            data.check_finite([*floats(G), *floats(D), *values], iteration)  # waits for the device
+            data.check_finite([*floats(G), *floats(D)], recent, iteration)  # waits for the device
         if log:
             names = dict.fromkeys(name for old in recent for name in old)  # at some steps G has no loss
             row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
@@ -358,8 +355,8 @@ def sample(args, checkpoint):
     device, _ = setup(args)
     G = build(args, device)[0].eval()
     data.restore({"ema": G}, checkpoint)
-    z = torch.randn(args.n + 6, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed))
-    z, ends = z[:args.n], z[args.n:]
+    generator = torch.Generator().manual_seed(args.seed)
+    z, ends = torch.randn(args.n + 6, args.z, 1, 1, generator=generator).split([args.n, 6])
     walk = [torch.stack([slerp(a, b, t / 16) for a, b in zip(ends, ends.roll(-1, 0))]) for t in range(16)]
     made = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, *walk]).split(64)])
     fakes, walk = made[:args.n], made[args.n:].split(6)  # six walks, each to where the next begins
@@ -371,12 +368,10 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
         data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
-        try:
+        with data.mendable("no nearest.png", data.BadInput, fatal=False):
             images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
-        except data.BadInput as error:
-            return data.say(f"no nearest.png: {error}")
-        pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
-        data.save_png(data.to_pillow(pairs), folder / "nearest.png")
+            pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
+            data.save_png(data.to_pillow(pairs), folder / "nearest.png")
 
 # ---- Options ----
 def options(argv=None):

@@ -1,13 +1,9 @@
 """DiffAugment: differentiable augmentation for GANs with few images (Zhao et al. 2020, arXiv:2006.10738).
 
 With 200 real images D soon knows each by heart, and what it then tells G is worthless. Augmenting the
-real images alone helps, but leaks: where they have odd colours, G learns to draw odd colours.
-
-DiffAugment augments everything that D looks at, real and fake, in D's step and in G's. So G has no reason
-to imitate it. In G's step the gradient comes back through the augmentation: hence "differentiable".
-
-augment() takes float images [B, C, H, W] in [-1, 1] and returns the same shape. Each image gets its
-own random numbers, new ones at every call, drawn on its device.
+real images alone helps, but leaks: where they have odd colours, G learns to draw odd colours. DiffAugment
+augments everything that D looks at, real and fake, in D's step and in G's. So G has no reason to imitate
+it. In G's step the gradient comes back through the augmentation: hence "differentiable".
 """
 import torch
 import torch.nn.functional as F
@@ -54,10 +50,10 @@ def cutout(x, ratio=0.5):
     return x * ~(inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
 
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}
-PLAIN = "translation"  # what plain --diffaug means
 
 def augment(x, policy):
-    """Apply a policy such as "color,translation,cutout" from left to right. The empty one returns x."""
+    """Apply a policy such as "color,translation,cutout" from left to right, to float images [B, C, H, W] in
+    [-1, 1]. Each image gets its own random numbers, new ones at every call."""
     for name in policy.split(",") if policy else ():
         for function in POLICIES[name]:
             x = function(x)
