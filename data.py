@@ -43,7 +43,7 @@ READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if 
 
 def to_rgb(image):
     """Any Pillow image -> RGB: upright, on white, more than 8 bits scaled to 8, colours as in sRGB."""
-    profile = image.info.get("icc_profile")
+    profile = io.BytesIO(image.info.get("icc_profile"))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         grey, top = np.nan_to_num(np.asarray(image, dtype=np.float32)), 65535
@@ -55,7 +55,6 @@ def to_rgb(image):
     if image.mode not in ("L", "CMYK"):
         image = image.convert("RGB")
     with suppress(Exception):  # no profile, a damaged one, or for another mode: colours stay as they are
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image.convert("RGB")
 
@@ -126,10 +125,9 @@ def load_images(source, size, limit=None):
     return images[:good + 1]
 
 # ---- Batches ----
-@lru_cache(maxsize=8)
+@lru_cache
 def permutation(n, seed, epoch, device):
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order.to(device, non_blocking=device.type == "cuda")
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
 
 def batch(images, size, k, seed, device):
     """Slice k = 0, 1, ... of an endless stream of permutations, by the seed: uint8 [size, 3, L, L]."""
@@ -174,7 +172,7 @@ def deluxe(images, size, ops):
 # ---- Pictures out ----
 def to_pillow(images, columns=8):
     """Float images [N, 3, H, W] in [-1, 1] -> one RGB image, a grid. Colours are not rescaled."""
-    levels = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
+    levels = ((images + 1) * 127.5).round().clamp(0, 255).byte()
     return to_pil_image(make_grid(levels, columns))
 
 def save_png(image, path):
@@ -184,7 +182,7 @@ def save_png(image, path):
     image.save(path, "PNG", pnginfo=mark)
 
 def save_gif(images, path, milliseconds):
-    frames = [image.convert("RGB").quantize(256, Image.Quantize.FASTOCTREE) for image in images]
+    frames = [image.quantize(256, Image.Quantize.FASTOCTREE) for image in images]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, comment=MARK)
 
 def save_sheet(images, folder, iteration, columns=8):
@@ -195,7 +193,7 @@ def save_sheet(images, folder, iteration, columns=8):
 
 def ticks(low, high):
     step = float(f"{(high - low) / 4:.0e}")  # a round number
-    return [k * step for k in range(math.ceil(low / step), int(high / step) + 1)]
+    return step * np.arange(math.ceil(low / step), high // step + 1)
 
 def plot(names, rows, path):
     """Rows {"iteration": ..., name: number} -> a PNG: on the left the losses, on the right D's scores."""
@@ -219,7 +217,7 @@ def plot(names, rows, path):
         for k, name in enumerate(chosen):
             draw.line([place(row["iteration"], row[name]) for row in rows if name in row], colours[k], 4)
             draw.text((left + 10 + k % 4 * 190, 14 + k // 4 * 26), name, colours[k])
-    save_png(image.resize((900, 350), Image.Resampling.LANCZOS), path)
+    save_png(image.reduce(2), path)
 
 # ---- The files of a run ----
 def save_views(rows, folder, last):
@@ -232,13 +230,12 @@ def save_views(rows, folder, last):
     files = [file for file in folder.glob("samples/*.png") if file.stem.isdecimal()]
     if last and files:
         files, step = sorted(files, key=lambda file: int(file.stem)), len(files) // 100 + 1
-        frames = [Image.open(file) for file in files[(len(files) - 1) % step::step]]
+        frames = [Image.open(file) for file in files[::-step][::-1]]
         frames = [frame.resize(frames[-1].size) for frame in frames]  # of a resumed run they may differ
         save_gif(frames, folder / "timelapse.gif", 150)
 
 def check_finite(weights, recent, iteration):
-    values = [*weights, *(value for losses in recent for value in losses.values())]
-    if not all(value.isfinite().all() for value in values):
+    if not all(value.isfinite().all() for values in (weights, *recent.values()) for value in values):
         raise BadInput(f"a loss or weight is not finite at iteration {iteration}: try lower --g-lr, --d-lr")
 
 def save_checkpoint(checkpoint, folder):
@@ -246,7 +243,7 @@ def save_checkpoint(checkpoint, folder):
     path, buffer = folder / "ckpt.pt", io.BytesIO()
     torch.save(checkpoint, buffer)  # to memory first, as torch.save hides that a disk is full
     with mendable(f"can't write {path}"), tempfile.TemporaryDirectory(dir=folder) as beside:
-        with open(Path(beside) / "ckpt.pt", "wb") as file:
+        with open(f"{beside}/ckpt.pt", "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
@@ -256,11 +253,10 @@ def load_checkpoint(run, program):
     """-> the dictionary in RUN/ckpt.pt, on the CPU. weights_only: a stranger's checkpoint can't run code."""
     path = Path(run) / "ckpt.pt"
     with mendable(f"no checkpoint {path}, or damaged, or no run of this {program}.py", Exception):
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("a flipped bit")  # torch.load does not notice
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"options", "iteration", "rows", "recent"}
-        if checkpoint["program"] != program or not needed <= checkpoint.keys():
+        if damaged or checkpoint["program"] != program or not needed <= checkpoint.keys():
             raise ValueError("not all that a run needs is in it")
     return checkpoint
 
@@ -271,9 +267,8 @@ def restore(parts, checkpoint):
             part.load_state_dict(checkpoint[name])
             for weight, state in getattr(part, "state", {}).items():  # of an optimizer
                 for moment, value in state.items():
-                    if value.dim():
-                        # Fused Adam pairs numbers by their place in memory: they must lie as the weight's.
-                        state[moment] = torch.empty_like(weight).copy_(value.view_as(weight))
+                    if value.dim():  # fused Adam pairs numbers by their place in memory: as the weight's
+                        state[moment] = torch.empty_like(weight).copy_(value)
 
 def shorten(name):
     return name.encode(errors="replace")[:200].decode(errors="ignore")  # file systems take up to 255 bytes
@@ -331,12 +326,14 @@ def say(text, stream=None):
     except OSError:  # nobody reads it any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
-def status(row, iters, minutes):
+def status(row, args):
     numbers = "  ".join([f"{name} {value:#.3g}" for name, value in row.items()][1:6])
-    say(f"{row['iteration']}/{iters}  {numbers}  {row['images/s']:.0f} images/s  {minutes:.0f} min left")
+    k, speed = row["iteration"], row["images/s"]
+    minutes = (args.iters - k) * args.batch * WORLD / speed / 60
+    say(f"{k}/{args.iters}  {numbers}  {speed:.0f} images/s  {minutes:.0f} min left")
 
 def end(program, folder, iteration, iters, signals):
-    if iteration == iters:
+    if iteration >= iters:
         return say(f"finished at iteration {iteration}: {folder}")
     again = f"python {program}.py --resume {shlex.quote(str(folder))}"
     if RANK == 0:
@@ -349,8 +346,7 @@ def catch_signals():
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):  # Ctrl-C, kill, a closed terminal
-        number = getattr(signal, name)
+    for number in {1, 2, 15} & signal.valid_signals():  # a closed terminal, Ctrl-C, kill
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, catch)
     return caught

@@ -56,8 +56,7 @@ class MinibatchStd(nn.Module):
 def norm_layers(norm, channels, z=None):
     if norm == "modulated":
         return [Modulated(channels, z)]
-    kinds = {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}
-    return kinds[norm]
+    return {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
 
 def init_weights(net):
     """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
@@ -176,8 +175,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
-    # A squared loss's gradient grows with the error. Without this cut, at 128 px, D's loss leapt to 10^5.
-    # Adam remembers such a leap for a thousand iterations, in which D hardly moved: no cats.
+    # Without this cut D's loss leapt, at 128 px, to 10^5. Adam remembers that for long, and D stands still.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -208,8 +206,7 @@ def average_over_processes(tensors):
 # ---- The loop ----
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    # Linux lets a program keep what it frees once that was nearly 32 MiB: a tenth more images/s on a CPU.
-    torch.empty(33_000_000, dtype=torch.uint8)
+    torch.empty(33_000_000, dtype=torch.uint8)  # from now on Linux lets us keep freed memory: 10 % faster
     with data.mendable(f"--device {args.device}", Exception):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
@@ -232,9 +229,9 @@ def optimizer(net, rate, loss):
         return torch.optim.RMSprop(net.parameters(), rate)
     return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
-def floats(net):
-    """Its weights, and the running statistics of its norms."""
-    return [value for value in net.state_dict().values() if value.is_floating_point()]
+def floats(*nets):
+    """Their weights, and the running statistics of their norms."""
+    return [value for net in nets for value in net.state_dict().values() if value.is_floating_point()]
 
 def average(ema_values, G_values, decay, iteration):
     """Move the average towards G, at first fast, to forget the random start."""
@@ -255,8 +252,6 @@ def score_as_they_are(D, images, args):
     return torch.stack([mean_score(D(batch), args) for batch in batches]).mean().item()
 
 def train(args, checkpoint):
-    if checkpoint and checkpoint["iteration"] >= args.iters:
-        return data.say(f"{args.resume} is at iteration {checkpoint['iteration']}: give more --iters")
     device, autocast = setup(args)
     images = data.load_images(args.data, data.load_size(args.size, args.deluxe))
     if args.hold_out:
@@ -272,15 +267,15 @@ def train(args, checkpoint):
     ema = copy.deepcopy(G).eval().requires_grad_(False)  # the averaged generator, which draws all samples
     optim_G, optim_D = optimizer(G, args.g_lr, args.loss), optimizer(D, args.d_lr, args.loss)
     parts = {"G": G, "D": D, "ema": ema, "optim_G": optim_G, "optim_D": optim_D}
-    iteration, rows, recent = 0, [], []  # rows of the log, and the losses since the last row
+    iteration, rows, recent = 0, [], {}  # rows of the log, and the losses since the last row
     if checkpoint:
         data.restore(parts, checkpoint)
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr
         iteration, rows = checkpoint["iteration"], checkpoint["rows"]
-        recent = [{name: value.to(device) for name, value in old.items()} for old in checkpoint["recent"]]
+        recent = {name: [value.to(device) for value in old] for name, old in checkpoint["recent"].items()}
     ema_values, G_values = floats(ema), floats(G)
     fixed_z = torch.randn(64, args.z, 1, 1, generator=torch.Generator().manual_seed(args.seed)).to(device)
-    folder = Path(args.resume) if args.resume else data.new_folder(args.out, f"out/{args.name}")
+    folder = Path(args.resume or data.new_folder(args.out, f"out/{args.name}"))
     data.say(f"{folder}: {len(images)} images of {args.data} at {args.size} px, on {device}, "
              f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
@@ -297,35 +292,34 @@ def train(args, checkpoint):
         losses = step(G, D, optim_G, optim_D, real, train_G, args, autocast)
         if train_G:
             average(ema_values, G_values, args.ema, iteration)
-        recent.append(losses)
+        for name, value in losses.items():
+            recent.setdefault(name, []).append(value)
         last = iteration == args.iters
-        stop = len(signals) > 0 and (WORLD == 1 or iteration % 10 == 0)  # a signal may come at any time
+        stop = WORLD == 1 and len(signals) > 0
         if WORLD > 1 and iteration % 10 == 0:  # all have to stop at the same iteration: they ask each other
-            told = torch.tensor(float(stop), device=device)
-            average_over_processes([told])
-            stop = told.item() > 0
+            caught = torch.tensor(len(signals), device=device)
+            dist.all_reduce(caught)
+            stop = caught.item() > 0
         log = last or iteration % args.log_every == 0
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            data.check_finite([*floats(G), *floats(D)], recent, iteration)  # waits for the device
+            data.check_finite(floats(G, D), recent, iteration)  # waits for the device
         if log:
-            names = dict.fromkeys(name for old in recent for name in old)  # at some steps G has no loss
-            row = {name: torch.stack([old[name] for old in recent if name in old]).mean() for name in names}
+            row = {name: torch.stack(values).mean() for name, values in recent.items()}
             average_over_processes(row.values())
             if args.hold_out:
                 for name, some in zip(("D(trained)", "D(unseen)", "D(generated)"), (*watched, ema(fixed_z))):
                     row[name] = score_as_they_are(D, some, args)
-            seconds = (time.perf_counter() - start) / (iteration - first)
-            row["images/s"] = args.batch * WORLD / seconds
+            row["images/s"] = args.batch * WORLD * (iteration - first) / (time.perf_counter() - start)
             rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
-            recent, first, start = [], iteration, time.perf_counter()
+            recent, first, start = {}, iteration, time.perf_counter()
         if save:  # before all that is for show, and may fail
             data.save_checkpoint({
                 "program": "dcgan", "iteration": iteration, "rows": rows, "recent": recent,
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
-            data.status(rows[-1], args.iters, seconds * (args.iters - iteration) / 60)
+            data.status(rows[-1], args)
         with data.mendable("not written", Exception, fatal=False):  # what is for show ends no run
             if sample:
                 data.save_sheet(ema(fixed_z), folder, iteration)
@@ -375,7 +369,6 @@ def sample(args, checkpoint):
 
 # ---- Options ----
 def options(argv=None):
-    """-> the options, and the checkpoint of the run that they name, or None."""
     parser = data.new_parser(__doc__)
     arg = parser.add_argument_group("data").add_argument
     arg("--data", type=data.path, default="toy-grumpy", help="folder or .zip; drawn: toy-grumpy, toy-blue")
