@@ -7,14 +7,12 @@
 
 Two games as in dcgan.py, with pictures for noise. G_XY turns pictures of X into what D_Y takes
 for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy one. The
-cycle ties the two together: from the translation, G_YX must restore the original.
+cycle ties the two together: from the translation, G_YX must restore the original. What dcgan.py
+has too is explained there.
 
 Not as Zhu et al. had them: G doubles the size by copying pixels, and is smaller below 256 px. No
 norm stands next to an image. D has no norm, and its gradient is clipped. Samples come from a
-running average of each G. Close to the paper, for 1000 pictures a set:
-
-    python cyclegan.py --patch --cycle --deluxe --size 256 --width 64 --lambda-cycle 10
-        --identity 5 --batch 1 --g-lr 2e-4 --d-lr 2e-4 --decay --ema 0 --iters 200000
+running average of each G. The flags closest to the paper are in assets/experiments.md.
 """
 import copy
 import math
@@ -30,7 +28,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 import data
 import diffaug
-from data import RANK, WORLD  # this process's number, and how many there are
+from data import RANK, WORLD
 
 # ---- Networks ----
 def init_weights(net):
@@ -81,8 +79,7 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34, at 32 px 16.
-    spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018)."""
+    A patch has 70 x 70 pixels, at 64 px 34, at 32 px 16 (PatchGAN, Isola et al. 2017)."""
 
     def __init__(self, size=64, width=32, spectral=False, patch=False):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
@@ -97,15 +94,14 @@ class Discriminator(nn.Sequential):
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        if spectral:
-            for layer in self:
-                if isinstance(layer, nn.Conv2d):
-                    nn.utils.parametrizations.spectral_norm(layer)
+        for layer in self if spectral else ():
+            if isinstance(layer, nn.Conv2d):
+                nn.utils.parametrizations.spectral_norm(layer)
 
 def build(args, device):
     Gs = [Generator(args.size, args.width, args.blocks) for _ in "XY"]
     Ds = [Discriminator(args.size, args.width, args.spectral_norm, args.patch) for _ in "XY"]
-    layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last  # slow on Apple's GPUs
+    layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last
     return [net.to(device, memory_format=layout) for net in Gs + Ds]
 
 class Pool:
@@ -122,7 +118,7 @@ class Pool:
             self.images = torch.cat([self.images, fakes[:missing]])
             return fakes
         slots = torch.rand(self.size, device=fakes.device).argsort()[:len(fakes)]  # different ones
-        old, keep = self.images[slots], torch.rand(len(fakes), 1, 1, 1, device=fakes.device) < 0.5
+        old, keep = self.images[slots], diffaug.uniform(fakes, 0, 1) < 0.5
         self.images[slots] = torch.where(keep, fakes, old)
         return torch.where(keep, old, fakes)
 
@@ -134,8 +130,7 @@ class Pool:
 
 # ---- One step ----
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
-    """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1].
-    Returns losses and scores by name: tensors, as to ask for a number is to wait for the device."""
+    """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1]. Returns losses and scores."""
     with autocast:
         if args.identity:  # x is translated, y should stay: at once, as instance norm takes each image alone
             fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
@@ -183,7 +178,6 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     return {name: value.detach() for name, value in (losses | scores).items()}
 
 def average_over_processes(tensors):
-    """In place. Of gradients: so that all processes take the same step."""
     for tensor in tensors if WORLD > 1 else ():
         dist.all_reduce(tensor)
         tensor /= WORLD
@@ -224,7 +218,7 @@ def train(args, checkpoint):
     device, autocast = setup(args)
     sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
     if device.type != "cuda" or sets[0].nbytes + sets[1].nbytes < torch.cuda.mem_get_info()[0] / 3:
-        sets = [images.to(device) for images in sets]  # larger sets stay on the CPU
+        sets = [images.to(device) for images in sets]
     drawn = {args.X, args.Y} == set(data.DRAWN)
     if drawn:  # cats that are in neither set, each in both breeds: the right answers
         true_x, true_y = [torch.cat([cat for _, cat in read_pictures(name, args.size)]).to(device)
@@ -237,7 +231,7 @@ def train(args, checkpoint):
     pools = Pool(args.pool), Pool(args.pool)
     parts = {"G_XY": G_XY, "G_YX": G_YX, "D_X": D_X, "D_Y": D_Y, "ema_XY": ema_XY, "ema_YX": ema_YX,
              "optim_G": optim_G, "optim_D": optim_D, "pool_X": pools[0], "pool_Y": pools[1]}
-    iteration, rows, recent = 0, [], {}  # rows of the log, and the losses since the last row
+    iteration, rows, recent = 0, [], {}
     if checkpoint:
         data.restore(parts, checkpoint)
         iteration, rows = checkpoint["iteration"], checkpoint["rows"]
@@ -250,11 +244,10 @@ def train(args, checkpoint):
              f"on {device}, deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
     signals, stop = data.catch_signals(), False
-    first, start = iteration, time.perf_counter()  # of the rows to come, for images/s
+    first, start = iteration, time.perf_counter()
     rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
-        # Its randomness follows from its number: a resumed run has none to restore.
         rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         part = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * part, args.d_lr * part
@@ -267,7 +260,7 @@ def train(args, checkpoint):
             recent.setdefault(name, []).append(value)
         last = iteration == args.iters
         stop = WORLD == 1 and len(signals) > 0
-        if WORLD > 1 and iteration % 10 == 0:  # all have to stop at the same iteration: they ask each other
+        if WORLD > 1 and iteration % 10 == 0:
             caught = torch.tensor(len(signals), device=device)
             dist.all_reduce(caught)
             stop = caught.item() > 0
@@ -275,13 +268,13 @@ def train(args, checkpoint):
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            data.check_finite(floats(*nets), recent, iteration)  # waits for the device
+            data.check_finite(floats(*nets), recent, iteration)
         if log:
             row = {name: torch.stack(values).mean() for name, values in recent.items()}
             average_over_processes(row.values())
             if drawn:  # mean |difference| of translations and right answers
-                row["truth_error"] = (F.l1_loss(ema_XY(true_x), true_y)
-                                      + F.l1_loss(ema_YX(true_y), true_x)) / 2
+                errors = F.l1_loss(ema_XY(true_x), true_y) + F.l1_loss(ema_YX(true_y), true_x)
+                row["truth_error"] = errors / 2
             row["images/s"] = args.batch * WORLD * (iteration - first) / (time.perf_counter() - start)
             rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
             recent, first, start = {}, iteration, time.perf_counter()
@@ -301,17 +294,16 @@ def train(args, checkpoint):
 
     if WORLD > 1:
         dist.destroy_process_group()
-    data.end("cyclegan", folder, iteration, args.iters, signals)
+    data.end("cyclegan", folder, iteration, args.iters)
 
 # ---- Translating ----
 def read_pictures(source, side):
-    """Yield (name, float [1, 3, H, W] in [-1, 1]) for each image of a source; for a drawn set, of its
-    held-out cats. The shorter side becomes `side` pixels."""
-    def resize(image):
-        return ImageOps.cover(data.to_rgb(image), (side, side))
+    """Yield (name, float [1, 3, H, W] in [-1, 1]) of each image; of a drawn set, its held-out cats. The
+    shorter side becomes `side` pixels."""
+    def convert(image):
+        return pil_to_tensor(ImageOps.cover(data.to_rgb(image), (side, side)))[None] / 127.5 - 1
 
-    for name, image in data.read(source, data.find_images(source, held_out=True), resize):
-        yield name, pil_to_tensor(image)[None] / 127.5 - 1
+    return data.read(source, data.find_images(source, held_out=True), convert)
 
 @torch.no_grad()
 def translate(args, checkpoint):

@@ -38,7 +38,6 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
 
 # ---- Images in ----
 MARK = "made by dcgan.py or cyclegan.py"
-HIDDEN = re.compile("(^|/)([.@][^/]|__MACOSX)")  # .thumbnails/1.png, .Trash-1000, @eaDir, __MACOSX/._1.png
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 def to_rgb(image):
@@ -46,7 +45,7 @@ def to_rgb(image):
     profile = io.BytesIO(image.info.get("icc_profile"))
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        grey, top = np.nan_to_num(np.asarray(image, dtype=np.float32)), 65535
+        grey, top = np.asarray(image, dtype=np.float32), 65535
         if image.mode == "F" and grey.max() <= 255:  # floats may go up to 1, 255 or 65535
             top = 255 if grey.max() > 1 else 1
         image = Image.fromarray((grey * (255 / top)).clip(0, 255).round().astype(np.uint8))
@@ -63,36 +62,34 @@ def is_ours(file):
         return MARK.encode() in opened.read(1000)
 
 def walk(folder, seen):
-    """Yield a folder's files, through links, but nothing hidden, no folder twice: a link may lead back."""
-    seen.add(folder.resolve())
-    for path in sorted(path for path in folder.iterdir() if not HIDDEN.match(path.name)):
-        if path.is_dir() and path.resolve() not in seen:
+    """Yield the files of a folder or .zip, through links, but nothing hidden, and no folder twice."""
+    seen.add(os.path.realpath(str(folder)))
+    for path in sorted(folder.iterdir(), key=str):
+        if path.name.startswith((".", "@", "__MACOSX")):  # .thumbnails, .Trash-1000, ._1.png, @eaDir
+            continue
+        if path.is_dir() and os.path.realpath(str(path)) not in seen:
             yield from walk(path, seen)
         elif path.is_file():
             yield path
 
 def find_images(source, held_out=False):
-    """What load_images takes -> [(name, function that returns a Pillow image)], sorted."""
+    """-> [(name, function that returns a Pillow image)], sorted."""
     if source in DRAWN:
         numbers = HELD_OUT if held_out else DRAWN[source]
         return [(f"{number}.png", partial(draw_cat, number, source[4:])) for number in numbers]
     path = Path(source)
     with mendable(f"{source} is no folder, image or whole .zip, nor drawn ({', '.join(DRAWN)})", Exception):
-        if path.is_dir():
-            files = {file.relative_to(path).as_posix(): file for file in walk(path, set())}
-        elif path.suffix.lower() in READABLE:
-            files = {path.name.lstrip(".@"): path.resolve(strict=True)}
+        if path.is_file() and path.suffix.lower() in READABLE:
+            files = [path]
         else:
-            archive = zipfile.ZipFile(path)
-            files = {name: zipfile.Path(archive, name) for name in archive.namelist()}
-    names = [name for name in sorted(files) if not (HIDDEN.search(name) or name.endswith("/"))]
-    images = [name for name in names if Path(name).suffix.lower() in READABLE]
-    real = [name for name in images if not is_ours(files[name])] or images  # if all are ours, they are meant
-    kinds = " ".join(sorted({Path(name).suffix.lower() or "no suffix" for name in names} - READABLE))
-    for more, less, what in ((names, images, f"files ({kinds})"), (images, real, f"pictures {MARK}")):
-        if len(more) > len(less):
+            files = sorted(walk(path if path.is_dir() else zipfile.Path(path), set()), key=str)
+    images = [file for file in files if Path(file.name).suffix.lower() in READABLE]
+    real = [file for file in images if not is_ours(file)] or images  # if all are ours, they are meant
+    kinds = " ".join(sorted({Path(file.name).suffix.lower() or "no suffix" for file in files} - READABLE))
+    for more, less, what in ((files, images, f"files ({kinds})"), (images, real, f"pictures {MARK}")):
+        if more != less:
             say(f"{source}: left out {len(more) - len(less)} {what}", sys.stderr)
-    return [(name, lambda name=name: Image.open(files[name].open("rb"))) for name in real]
+    return [(str(file), lambda file=file: Image.open(file.open("rb"))) for file in real]
 
 def read(source, files, convert):
     """Yield (name, convert(image)) of each readable file. Others are named, counted and skipped."""
@@ -291,7 +288,7 @@ class BadInput(Exception):
 
 @contextmanager
 def mendable(what, kind=OSError, fatal=True):
-    """Around work with something that the user named: an error there becomes BadInput, or is only told."""
+    """An error in the block becomes BadInput, or is only told."""
     try:
         yield
     except kind as error:
@@ -332,13 +329,13 @@ def status(row, args):
     minutes = (args.iters - k) * args.batch * WORLD / speed / 60
     say(f"{k}/{args.iters}  {numbers}  {speed:.0f} images/s  {minutes:.0f} min left")
 
-def end(program, folder, iteration, iters, signals):
+def end(program, folder, iteration, iters):
     if iteration >= iters:
         return say(f"finished at iteration {iteration}: {folder}")
     again = f"python {program}.py --resume {shlex.quote(str(folder))}"
     if RANK == 0:
         say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
-    sys.exit(128 + (signals[0] if signals else signal.SIGTERM))
+    sys.exit(130)
 
 def catch_signals():
     """-> a list, to which a signal to end will be added. A second one ends the program at once."""
@@ -371,11 +368,9 @@ def new_parser(doc):  # without usage, which would make errors longer than a lin
 
 def add_images(arg):
     arg("--size", type=int, choices=(32, 64, 128, 256), default=64, help="pixels of a side (64)")
-    arg("--deluxe", nargs="?", const="plain", default="", metavar="OPS",
-        type=partial(listed, ["plain", *DELUXE]),
+    arg("--deluxe", nargs="?", const="plain", default="", type=partial(listed, ["plain", *DELUXE]),
         help=f"augment real images: some of {','.join(DELUXE)} (alone: crop,flip; if --diffaug shifts: flip)")
-    arg("--diffaug", nargs="?", const="translation", default="", metavar="OPS",
-        type=partial(listed, diffaug.POLICIES),
+    arg("--diffaug", nargs="?", const="translation", default="", type=partial(listed, diffaug.POLICIES),
         help=f"augment all that D sees: some of {','.join(diffaug.POLICIES)} (alone: translation)")
 
 def plain_deluxe(args):

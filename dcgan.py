@@ -11,10 +11,7 @@ scores 1. Nobody ever tells G what a cat is.
 
 Not as Radford et al. had them: G doubles the size by copying pixels, and the noise steers each
 of its norms. D has no norm, but sees how much a batch varies, and its gradient is clipped. Samples
-come from a running average of G. Close to the paper, for tens of thousands of pictures:
-
-    python dcgan.py --up transpose --norm batch --d-norm batch --no-minibatch-std --ema 0
-        --loss vanilla --z 100 --width 128 --batch 128 --g-lr 2e-4 --d-lr 2e-4
+come from a running average of G. The flags closest to the paper are in assets/experiments.md.
 """
 import copy
 import math
@@ -114,10 +111,9 @@ class Discriminator(nn.Sequential):
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        if spectral:
-            for layer in self:
-                if isinstance(layer, nn.Conv2d):
-                    nn.utils.parametrizations.spectral_norm(layer)
+        for layer in self if spectral else ():
+            if isinstance(layer, nn.Conv2d):
+                nn.utils.parametrizations.spectral_norm(layer)
 
 def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
@@ -328,7 +324,7 @@ def train(args, checkpoint):
 
     if WORLD > 1:
         dist.destroy_process_group()
-    data.end("dcgan", folder, iteration, args.iters, signals)
+    data.end("dcgan", folder, iteration, args.iters)
 
 # ---- Sampling ----
 def slerp(a, b, t):

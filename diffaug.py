@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 def uniform(x, low, high):
     """One number per image, from U(low, high): [B, 1, 1, 1]."""
-    return torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).uniform_(low, high)
+    return x.new_empty(len(x), 1, 1, 1).uniform_(low, high)
 
 def integers(x, low, high):
     """One integer per image, from low to high, both included: int64 [B, 1]."""
@@ -27,32 +27,31 @@ def contrast(x):
 
 def window(x, size):
     """A window of size x size pixels, at a random place in each image: [B, C, size, size]."""
-    B, C, height, width = x.shape
-    rows = torch.arange(size, device=x.device) + integers(x, 0, height - size)  # [B, size]
-    columns = torch.arange(size, device=x.device) + integers(x, 0, width - size)
-    pixels = rows[:, :, None] * width + columns[:, None, :]  # [B, size, size]: where in the flat image
+    B, C, side, _ = x.shape
+    rows, columns = [torch.arange(size, device=x.device) + integers(x, 0, side - size) for _ in range(2)]
+    pixels = rows[:, :, None] * side + columns[:, None, :]  # [B, size, size]: where in the flat image
     return x.flatten(2).gather(2, pixels.view(B, 1, -1).expand(-1, C, -1)).view(B, C, size, size)
 
-def translation(x, ratio=0.125):
-    """Shift square images by up to ratio of the side each way. What comes in from outside is 0, mid-grey."""
+def translation(x):
+    """Shift by up to an eighth of the side each way. What comes in from outside is 0, mid-grey."""
     size = x.shape[-1]
-    return window(F.pad(x, [int(ratio * size + 0.5)] * 4), size)
+    return window(F.pad(x, [int(0.125 * size + 0.5)] * 4), size)
 
-def cutout(x, ratio=0.5):
-    """Set a square to 0. Its centre may be any pixel, so a part of it can lie outside the image."""
-    H, W = x.shape[2:]
-    h, w = int(ratio * H + 0.5), int(ratio * W + 0.5)
-    # The centre of an even square is a corner between pixels. There is one more of these than pixels.
-    top, left = integers(x, 0, H - h % 2) - h // 2, integers(x, 0, W - w % 2) - w // 2
-    rows = torch.arange(H, device=x.device) - top  # [B, H]: 0 to h - 1 inside the square
-    columns = torch.arange(W, device=x.device) - left
-    inside_rows, inside_columns = (rows >= 0) & (rows < h), (columns >= 0) & (columns < w)
-    return x * ~(inside_rows[:, None, :, None] & inside_columns[:, None, None, :])
+def cutout(x):
+    """Set a square of half the side to 0. Its centre may be any pixel: a part can lie outside the image."""
+    size = x.shape[-1]
+    hole = int(0.5 * size + 0.5)
+    def inside():  # of each row, or each column, whether it meets the square: [B, size]
+        # The centre of an even square is a corner between pixels. There is one more of these than pixels.
+        start = integers(x, 0, size - hole % 2) - hole // 2
+        place = torch.arange(size, device=x.device) - start
+        return (place >= 0) & (place < hole)
+    return x * ~(inside()[:, None, :, None] & inside()[:, None, None, :])
 
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}
 
 def augment(x, policy):
-    """Apply a policy such as "color,translation,cutout" from left to right, to float images [B, C, H, W] in
+    """Apply a policy such as "color,translation,cutout" from left to right, to float images [B, C, H, H] in
     [-1, 1]. Each image gets its own random numbers, new ones at every call."""
     for name in policy.split(",") if policy else ():
         for function in POLICIES[name]:
