@@ -316,10 +316,7 @@ def translate(args, checkpoint):
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
         result = G(padded.to(device))[:, :, :height, :width]
-        stem, k = data.shorten(Path(name).stem), 2
-        path = folder / f"{stem}.png"
-        while path.exists():  # there is one in another folder or format
-            path, k = folder / f"{stem}-{k}.png", k + 1
+        path = data.unused(folder / data.shorten(Path(name).stem), ".png")  # another folder may have the name
         with data.mendable(f"can't write {path}"):
             data.save_png(data.to_pillow(result), path)
     data.say(str(folder))

@@ -270,15 +270,19 @@ def restore(parts, checkpoint):
 def shorten(name):
     return name.encode(errors="replace")[:200].decode(errors="ignore")  # file systems take up to 255 bytes
 
+def unused(start, suffix=""):
+    """-> the first of START, START-2, START-3, ..., each with the suffix, that is not there yet."""
+    path, k = Path(f"{start}{suffix}"), 2
+    while path.exists():
+        path, k = Path(f"{start}-{k}{suffix}"), k + 1
+    return path
+
 def new_folder(given, otherwise):
-    """Make the given folder, which has to be new, or else OTHERWISE, OTHERWISE-2, ..."""
-    folder, k = Path(given or otherwise), 2
-    if RANK:
-        return folder  # the first process writes
-    with mendable(f"can't make the folder {folder}: give another --out"):
-        while not given and folder.exists():
-            folder, k = Path(f"{otherwise}-{k}"), k + 1
-        folder.mkdir(parents=True)
+    """Make the given folder, which has to be new, or else an unused one."""
+    with mendable(f"can't make the folder {given or otherwise}: give another --out"):
+        folder = Path(given) if given else unused(otherwise)
+        if RANK == 0:  # the first process writes
+            folder.mkdir(parents=True)
     return folder
 
 # ---- Messages ----
