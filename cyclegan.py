@@ -94,9 +94,10 @@ class Discriminator(nn.Sequential):
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        for layer in self if spectral else ():
-            if isinstance(layer, nn.Conv2d):
-                nn.utils.parametrizations.spectral_norm(layer)
+        if spectral:
+            for layer in self:
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.parametrizations.spectral_norm(layer)
 
 def build(args, device):
     Gs = [Generator(args.size, args.width, args.blocks) for _ in "XY"]
@@ -178,9 +179,10 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     return {name: value.detach() for name, value in (losses | scores).items()}
 
 def average_over_processes(tensors):
-    for tensor in tensors if WORLD > 1 else ():
-        dist.all_reduce(tensor)
-        tensor /= WORLD
+    if WORLD > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= WORLD
 
 # ---- The loop ----
 def setup(args):

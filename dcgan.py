@@ -31,15 +31,20 @@ from data import RANK, WORLD  # this process's number, and how many there are
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
-    x [B, C, H, W], z [B, Z, 1, 1] -> [B, C, H, W]."""
+    x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side].
+    All channels also get a share of one random pattern: G makes fur of it. Out of smooth channels alone it
+    made contour lines. (Karras et al. 2019 draw it anew for each image. Here it stays.)"""
 
-    def __init__(self, channels, z):
+    def __init__(self, channels, z, side):
         super().__init__(channels, affine=False)
         self.style = nn.Conv2d(z, 2 * channels, 1)
+        self.share = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.register_buffer("pattern", torch.randn(1, side, side))
 
     def forward(self, x, z):
         scale, shift = self.style(z).chunk(2, dim=1)
-        return torch.addcmul(shift, super().forward(x), 1 + scale)  # shift + x * (1 + scale)
+        x = torch.addcmul(shift, super().forward(x), 1 + scale)  # shift + x * (1 + scale)
+        return x + (self.share * self.pattern).to(x.dtype)
 
 class MinibatchStd(nn.Module):
     """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
@@ -50,9 +55,9 @@ class MinibatchStd(nn.Module):
         deviation = apart.square().mean(dim=0).add(1e-8).sqrt().mean().to(x.dtype)
         return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
 
-def norm_layers(norm, channels, z=None):
+def norm_layers(norm, channels, z=None, side=None):
     if norm == "modulated":
-        return [Modulated(channels, z)]
+        return [Modulated(channels, z, side)]
     return {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
 
 def init_weights(net):
@@ -68,7 +73,7 @@ class Generator(nn.Sequential):
         bias = norm == "none"  # a norm would take it out again
         side, channels = 4, min(8, size // 8) * width
         layers = [nn.ConvTranspose2d(z, channels, 4, bias=bias)]  # [B, 256, 4, 4]
-        layers += [*norm_layers(norm, channels, z), nn.SELU() if selu else nn.ReLU()]
+        layers += [*norm_layers(norm, channels, z, side), nn.SELU() if selu else nn.ReLU()]
         while side < size:
             side *= 2
             inputs, channels = channels, min(8 * width, width * size // side // 2)
@@ -76,7 +81,7 @@ class Generator(nn.Sequential):
                 layers += [nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1, bias=bias)]
             else:  # pixels doubled first: no checkerboard to start from (Odena et al. 2016)
                 layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, channels, 3, padding=1, bias=bias)]
-            layers += [*norm_layers(norm, channels, z), nn.SELU() if selu else nn.ReLU()]
+            layers += [*norm_layers(norm, channels, z, side), nn.SELU() if selu else nn.ReLU()]
             # [B, 128, 8, 8], [B, 64, 16, 16], [B, 32, 32, 32], [B, 16, 64, 64]
         layers += [nn.Conv2d(channels, 3, 3, padding=1), nn.Tanh()]  # [B, 3, 64, 64]
         super().__init__(*layers)
@@ -84,9 +89,11 @@ class Generator(nn.Sequential):
 
     def forward(self, z):
         x = z
-        for layer in self:
+        *layers, last, tanh = self
+        for layer in layers:
             x = layer(x, z) if isinstance(layer, Modulated) else layer(x)
-        return x
+        with torch.autocast(x.device.type, enabled=False):  # bf16 has 8 bits: too few for a pixel
+            return tanh(last(x.float()))
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
@@ -111,9 +118,10 @@ class Discriminator(nn.Sequential):
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
-        for layer in self if spectral else ():
-            if isinstance(layer, nn.Conv2d):
-                nn.utils.parametrizations.spectral_norm(layer)
+        if spectral:
+            for layer in self:
+                if isinstance(layer, nn.Conv2d):
+                    nn.utils.parametrizations.spectral_norm(layer)
 
 def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
@@ -195,9 +203,10 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
 
 def average_over_processes(tensors):
     """In place. Of gradients: so that all processes take the same step."""
-    for tensor in tensors if WORLD > 1 else ():
-        dist.all_reduce(tensor)
-        tensor /= WORLD
+    if WORLD > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= WORLD
 
 # ---- The loop ----
 def setup(args):

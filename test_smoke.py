@@ -81,8 +81,8 @@ def reference(name, act, norm):  # the networks of width 4, layer by layer; in d
         "X to Y": [layer(3, 4, 3, 2, 1, norm=none), layer(4, 8, 3, 2, 1), block(8), block(8),
                    double, layer(8, 4, 3, 1, 1, norm=none), double, conv(4, 3, 3, 1, 1), nn.Tanh()],
         "X to Y 256": [pad(3), layer(3, 4, 7, norm=none), layer(4, 8, 3, 2, 1), layer(8, 16, 3, 2, 1),
-                       block(16), double, layer(16, 8, 3, 1, 1), double, layer(8, 4, 3, 1, 1, norm=none),
-                       pad(3), conv(4, 3, 7), nn.Tanh()]}[name])
+                       *[block(16) for _ in range(9)], double, layer(16, 8, 3, 1, 1),
+                       double, layer(8, 4, 3, 1, 1, norm=none), pad(3), conv(4, 3, 7), nn.Tanh()]}[name])
 
 @pytest.mark.parametrize("program, k, flags, name, act, norm", [
     (dcgan, 0, "--norm none", "G", relu, none), (dcgan, 0, "--selu", "G", selu, none),
@@ -91,7 +91,7 @@ def reference(name, act, norm):  # the networks of width 4, layer by layer; in d
     (dcgan, 1, "--selu --d-norm batch", "D", selu, batch),
     (dcgan, 1, "--patch --d-norm instance", "D patch", leaky, instance), (cyclegan, 3, "", "D", leaky, none),
     (cyclegan, 0, "--blocks 2", "X to Y", relu, instance),
-    (cyclegan, 1, "--blocks 1 --size 256", "X to Y 256", relu, instance)])
+    (cyclegan, 1, "--size 256", "X to Y 256", relu, instance)])
 def test_networks_are_what_their_flags_say(program, k, flags, name, act, norm):
     flags += " --z 5 --no-minibatch-std" if program is dcgan else ""
     net, plain = program.build(options(flags, program), CPU)[k], reference(name, act, norm)
@@ -108,10 +108,6 @@ def test_layers_are_added_as_the_size_doubles_with_at_most_8_times_the_width(siz
     channels = [min(16, size // side) for side in (4, 8, 16, 32, 64, 128, 256) if side <= size]
     assert [layer.num_features for layer in G if isinstance(layer, dcgan.Modulated)] == channels
     assert [weight.shape[0] for weight in D.parameters() if weight.dim() == 4] == [*channels[-2::-1], 1]
-
-def test_parameter_counts_of_the_papers():
-    G, D = cyclegan.Generator(256, 64, blocks=9), cyclegan.Discriminator(256, 64, patch=True)
-    assert [sum(p.numel() for p in net.parameters()) for net in (G, D)] == [11_378_179, 2_764_737]
 
 @both
 @pytest.mark.parametrize("size, field", [(32, 16), (64, 34), (128, 70), (256, 70)])
@@ -137,12 +133,14 @@ def test_minibatch_std_and_modulation():
     x, std = torch.randn(6, 4, 3, 3), dcgan.MinibatchStd()
     assert torch.equal(std(x)[:, :4], x) and std(x[:1].expand(6, -1, -1, -1))[:, 4].max() < 1e-3
     assert torch.allclose(std(x)[:, 4], x.std(0, correction=0).mean(), atol=1e-4)  # over the batch
-    layer, x, z = dcgan.Modulated(2, 3), torch.randn(5, 2, 16, 16), torch.randn(5, 3, 1, 1)
+    layer, x, z = dcgan.Modulated(2, 3, 16), torch.randn(5, 2, 16, 16), torch.randn(5, 3, 1, 1)
     out, (scale, shift) = F.batch_norm(x, None, None, training=True), layer.style(z).chunk(2, dim=1)
-    assert torch.allclose(layer(x, z), out * (1 + scale) + shift, atol=1e-5)
+    fur = nn.init.normal_(layer.share) * layer.pattern
+    assert torch.allclose(layer(x, z), out * (1 + scale) + shift + fur, atol=1e-5) and fur.std((1, 2)).all()
     G = dcgan.Generator(32, 2, 3)
     G[0].weight.data.zero_()  # so z has no other way
-    assert G(z).std(dim=0).max() > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert G(z).std(dim=0).max() > 1e-3 and not torch.equal(G(z), G(z).bfloat16())  # pixels in float32
 # ---- one step ----
 class Toy(nn.Module):
     """One weight w: D(x) = w * mean(x) + 0.25 in four patches, G(x) = x + w, of noise G(z) = w."""
@@ -206,8 +204,9 @@ runs = pytest.mark.parametrize("program, flags", [
     (cyclegan, "--patch --cycle --deluxe --diffaug --spectral-norm --decay --pool 6 --log-every 2")])
 
 @runs
-def test_a_step_asks_the_device_for_no_number(program, flags):
+def test_a_step_asks_the_device_for_no_number(program, flags, monkeypatch):
     """A tensor on "meta" has no numbers: .item(), a boolean index and a tensor left on the CPU fail here."""
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())  # there is none for "meta"
     args = options(flags, program)
     images = torch.empty(4, 3, 35, 35, dtype=torch.uint8, device="meta")
     x, nets = data.deluxe(images, 32, args.deluxe)[:, :, :32, :32], program.build(args, "meta")
@@ -586,7 +585,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
     assert words in error and before == {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
 
 def test_samples_are_of_the_averaged_network_and_walk_on_the_sphere():
-    saved, sheet = train(dcgan, "--z 5 --g-lr 0.03 --dtype fp32"), "run/samples/000002.png"
+    saved, sheet = train(dcgan, "--z 5 --g-lr 0.1 --dtype fp32"), "run/samples/000002.png"
     z = torch.randn(64, 5, 1, 1, generator=torch.Generator().manual_seed(0))
     for name, shown in (("ema", True), ("G", False)):
         images = load(saved, name)(z)
