@@ -9,9 +9,10 @@ Two networks play against each other. The generator G turns noise z into an imag
 discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
 scores 1. Nobody ever tells G what a cat is.
 
-Not as Radford et al. had them: G doubles the size by copying pixels, and the noise steers each
-of its norms. D has no norm, but sees how much a batch varies, and its gradient is clipped. Samples
-come from a running average of G. The flags closest to the paper are in assets/experiments.md.
+Not as Radford et al. had them: G doubles the size by copying pixels. The noise steers each of its
+norms, and a random pattern helps it to make fur. D has no norm, but sees how much a batch varies,
+and its gradient is clipped. Samples come from a running average of G. The flags closest to the
+paper are in assets/experiments.md.
 """
 import copy
 import math
@@ -31,9 +32,9 @@ from data import RANK, WORLD  # this process's number, and how many there are
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
-    x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side].
-    All channels also get a share of one random pattern: G makes fur of it. Out of smooth channels alone it
-    made contour lines. (Karras et al. 2019 draw it anew for each image. Here it stays.)"""
+    Then each gets a share of a pattern, random pixels, to make fur of: out of smooth channels alone G made
+    contour lines. Karras et al. 2019 draw the pattern anew for each image. Here it stays: that was better.
+    x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side]."""
 
     def __init__(self, channels, z, side):
         super().__init__(channels, affine=False)
