@@ -32,8 +32,8 @@ from data import RANK, WORLD  # this process's number, and how many there are
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
-    It gets a share of a pattern, random pixels, to make fur of: out of smooth channels alone G made contour
-    lines. Karras et al. 2019 draw the pattern anew for each image. Here it stays: that was better.
+    Each also gets a share of a pattern, random pixels, to make fur of. Out of smooth channels alone, G made
+    contour lines. Karras et al. 2019 draw the pattern anew for each image. Here it stays: that was better.
     x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side]."""
 
     def __init__(self, channels, z, side):

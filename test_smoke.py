@@ -108,6 +108,8 @@ def test_layers_are_added_as_the_size_doubles_with_at_most_8_times_the_width(siz
     channels = [min(16, size // side) for side in (4, 8, 16, 32, 64, 128, 256) if side <= size]
     assert [layer.num_features for layer in G if isinstance(layer, dcgan.Modulated)] == channels
     assert [weight.shape[0] for weight in D.parameters() if weight.dim() == 4] == [*channels[-2::-1], 1]
+    nets = cyclegan.Generator(256, 64, blocks=9), cyclegan.Discriminator(256, 64, patch=True)  # the paper's
+    assert [sum(p.numel() for p in net.parameters()) for net in nets] == [11_378_179, 2_764_737]
 
 @both
 @pytest.mark.parametrize("size, field", [(32, 16), (64, 34), (128, 70), (256, 70)])
@@ -679,8 +681,7 @@ def test_cyclegan_loop_hands_each_part_its_own(monkeypatch):
 
 @pytest.mark.parametrize("to, name", [("X", "ema_YX"), ("Y", "ema_XY")])
 def test_translations_have_the_names_and_proportions_of_their_inputs(to, name):
-    inputs = {"sub/été 1.png": Image.new("RGB", (300, 101), "red"),
-              "sub/été 1.gif": Image.new("L", (30, 90)),
+    inputs = {"sub/été 1.png": Image.new("RGB", (300, 101), "red"), "sub/été 1.gif": Image.new("L", (30, 90)),
               "ä" * 150 + "a.png": Image.new("L", (50, 50)), "ä" * 150 + "b.png": Image.new("L", (50, 50))}
     with zipfile.ZipFile("photos.zip", "w") as archive:
         for path, picture in inputs.items():
