@@ -137,7 +137,7 @@ def test_minibatch_std_and_modulation():
     assert torch.allclose(std(x)[:, 4], x.std(0, correction=0).mean(), atol=1e-4)  # over the batch
     layer, x, z = dcgan.Modulated(2, 3, 16), torch.randn(5, 2, 16, 16), torch.randn(5, 3, 1, 1)
     out, (scale, shift) = F.batch_norm(x, None, None, training=True), layer.style(z).chunk(2, dim=1)
-    fur = nn.init.normal_(layer.share) * layer.pattern
+    fur = nn.init.normal_(layer.get_parameter("share")) * layer.get_buffer("pattern")  # trained; saved
     assert torch.allclose(layer(x, z), out * (1 + scale) + shift + fur, atol=1e-5) and fur.std((1, 2)).all()
     G = dcgan.Generator(32, 2, 3)
     G[0].weight.data.zero_()  # so z has no other way
