@@ -106,14 +106,14 @@ def build(args, device):
     return [net.to(device, memory_format=layout) for net in Gs + Ds]
 
 class Pool:
-    """Up to `size` earlier fakes, half of the fakes that D sees, lest it forget (Shrivastava et al. 2017)."""
+    """Up to `size` earlier fakes. Half of D's fakes are old, lest it forget (Shrivastava et al. 2017)."""
 
     def __init__(self, size):
         self.size, self.images = size, torch.empty(0)
 
     def swap(self, fakes):
         """Fakes [B, C, H, W] -> as many. A full pool swaps each for an earlier one with probability 1/2."""
-        self.images = self.images.to(fakes)  # a checkpoint is read on the CPU
+        self.images = self.images.to(fakes)  # those of a checkpoint are still on the CPU
         missing = self.size - len(self.images)
         if missing > 0 or not self.size:
             self.images = torch.cat([self.images, fakes[:missing]])
@@ -133,7 +133,7 @@ class Pool:
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
     """Train both D, then both G. x, y: float [B, 3, size, size] in [-1, 1]. Returns losses and scores."""
     with autocast:
-        if args.identity:  # x is translated, y should stay: at once, as instance norm takes each image alone
+        if args.identity:  # x to translate, y to keep: in one batch, as instance norm keeps images apart
             fake_y, same_y = G_XY(torch.cat([x, y])).float().chunk(2)
             fake_x, same_x = G_YX(torch.cat([y, x])).float().chunk(2)
         else:
@@ -193,11 +193,10 @@ def setup(args):
         device = torch.device(found if args.device == "auto" else args.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", dist.get_node_local_rank() if WORLD > 1 else 0)
-        torch.zeros(1, device=device)  # is it there?
+        torch.zeros(1, device=device)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
@@ -251,8 +250,8 @@ def train(args, checkpoint):
     while iteration < args.iters and not stop:
         iteration += 1
         rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
-        part = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
-        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * part, args.d_lr * part
+        fade = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
+        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * fade, args.d_lr * fade
         k = (iteration - 1) * WORLD + RANK
         x, y = [data.deluxe(data.batch(images, args.batch, k, args.seed + i, device), args.size, args.deluxe)
                 for i, images in enumerate(sets)]
@@ -343,7 +342,7 @@ def options(argv=None):
     arg("--pool", type=int, default=50, help="earlier fakes to show D again (50)")
     arg("--g-lr", type=float, default=1e-3, help="learning rate of both G (1e-3)")
     arg("--d-lr", type=float, default=1e-3, help="learning rate of both D (1e-3)")
-    arg("--decay", action="store_true", help="rates fall to 0 in the second half of the run")
+    arg("--decay", action="store_true", help="rates fall to 0 in the second half of --iters")
     arg("--batch", type=int, default=4, help="images of each set per iteration and process (4)")
     arg("--iters", type=int, default=10000, help="iterations: steps of all networks (10000)")
     arg("--ema", type=float, default=0.999, help="decay of the averaged generators; 0: no average (0.999)")
@@ -363,7 +362,7 @@ def options(argv=None):
     if (args.translate is None) != (args.input is None):
         parser.error("--translate RUN and --input PATH go together")
     if not all(0 <= n < math.inf for n in (args.lambda_cycle, args.identity, args.pool, args.blocks)):
-        parser.error("--lambda-cycle, --identity, --blocks and --pool can't be negative")
+        parser.error("--lambda-cycle, --identity, --blocks and --pool can't be negative or infinite")
     if (args.X in data.DRAWN) != (args.Y in data.DRAWN):
         parser.error("--X and --Y go together, and drawn cats with drawn cats")
     if 0 < args.pool < args.batch:

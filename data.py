@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import autocontrast, center_crop, pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
@@ -41,8 +41,7 @@ MARK = "made by dcgan.py or cyclegan.py"
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 def to_rgb(image):
-    """Any Pillow image -> RGB: upright, on white, more than 8 bits scaled to 8, colours as in sRGB."""
-    profile = io.BytesIO(image.info.get("icc_profile"))
+    """Any Pillow image -> RGB: upright, on white, more than 8 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         grey, top = np.asarray(image, dtype=np.float32), 65535
@@ -51,10 +50,6 @@ def to_rgb(image):
         image = Image.fromarray((grey * (255 / top)).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    if image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
-    with suppress(Exception):  # no profile, a damaged one, or for another mode: colours stay as they are
-        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image.convert("RGB")
 
 def is_ours(file):
@@ -65,7 +60,7 @@ def walk(folder, seen):
     """Yield the files of a folder or .zip, through links, but nothing hidden, and no folder twice."""
     seen.add(os.path.realpath(str(folder)))
     for path in sorted(folder.iterdir(), key=str):
-        if path.name.startswith((".", "@", "__MACOSX")):  # .thumbnails, .Trash-1000, ._1.png, @eaDir
+        if path.name.startswith((".", "@eaDir", "__MACOSX")):  # .thumbnails, .Trash-1000, ._1.png
             continue
         if path.is_dir() and os.path.realpath(str(path)) not in seen:
             yield from walk(path, seen)
@@ -122,7 +117,7 @@ def load_images(source, size, limit=None):
     return images[:good + 1]
 
 # ---- Batches ----
-@lru_cache
+@lru_cache(4)
 def permutation(n, seed, epoch, device):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
 
@@ -226,8 +221,8 @@ def save_views(rows, folder, last):
         plot(names, rows, folder / "losses.png")
     files = [file for file in folder.glob("samples/*.png") if file.stem.isdecimal()]
     if last and files:
-        files, step = sorted(files, key=lambda file: int(file.stem)), len(files) // 100 + 1
-        frames = [Image.open(file) for file in files[::-step][::-1]]
+        files.sort(key=lambda file: -int(file.stem))  # the last one first
+        frames = [Image.open(file) for file in files[::len(files) // 100 + 1]][::-1]
         frames = [frame.resize(frames[-1].size) for frame in frames]  # of a resumed run they may differ
         save_gif(frames, folder / "timelapse.gif", 150)
 
@@ -264,7 +259,7 @@ def restore(parts, checkpoint):
             part.load_state_dict(checkpoint[name])
             for weight, state in getattr(part, "state", {}).items():  # of an optimizer
                 for moment, value in state.items():
-                    if value.dim():  # fused Adam pairs numbers by their place in memory: as the weight's
+                    if value.dim():  # fused Adam needs the memory layout of the weight
                         state[moment] = torch.empty_like(weight).copy_(value)
 
 def shorten(name):
@@ -336,7 +331,8 @@ def status(row, args):
 def end(program, folder, iteration, iters):
     if iteration >= iters:
         return say(f"finished at iteration {iteration}: {folder}")
-    again = f"python {program}.py --resume {shlex.quote(str(folder))}"
+    start = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
+    again = f"{start} {program}.py --resume {shlex.quote(str(folder))}"
     if RANK == 0:
         say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
     sys.exit(130)
@@ -400,9 +396,8 @@ def parse(parser, argv, program, apply):
     if run:
         checkpoint = load_checkpoint(run, program)
         places = "out", "resume", "sample", "translate", "input", "device"  # not for a stranger to say
-        kept = {name: value for name, value in checkpoint["options"].items() if name not in places}
-        parser.set_defaults(**kept)
-        args = parser.parse_args(argv)
+        parser.set_defaults(**{k: v for k, v in checkpoint["options"].items() if k not in places})
+        args = parser.parse_args(argv)  # again: what is typed wins
     plain_deluxe(args)
     return args, checkpoint
 

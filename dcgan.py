@@ -32,8 +32,8 @@ from data import RANK, WORLD  # this process's number, and how many there are
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
-    Each also gets a share of a pattern, random pixels, to make fur of. Out of smooth channels alone, G made
-    contour lines. Karras et al. 2019 draw the pattern anew for each image. Here it stays: that was better.
+    Then each adds its share of one fixed pattern of random pixels, to make fur of: without it G drew contour
+    lines. Karras et al. 2019 draw the pattern anew for each image: that was worse here.
     x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side]."""
 
     def __init__(self, channels, z, side):
@@ -59,7 +59,11 @@ class MinibatchStd(nn.Module):
 def norm_layers(norm, channels, z=None, side=None):
     if norm == "modulated":
         return [Modulated(channels, z, side)]
-    return {"batch": [nn.BatchNorm2d(channels)], "instance": [nn.InstanceNorm2d(channels)], "none": []}[norm]
+    if norm == "batch":
+        return [nn.BatchNorm2d(channels)]
+    if norm == "instance":
+        return [nn.InstanceNorm2d(channels)]
+    return []
 
 def init_weights(net):
     """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
@@ -93,7 +97,7 @@ class Generator(nn.Sequential):
         *layers, last, tanh = self
         for layer in layers:
             x = layer(x, z) if isinstance(layer, Modulated) else layer(x)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 has 8 bits: too few for a pixel
+        with torch.autocast(x.device.type, enabled=False):  # no pixel is rounded to bf16
             return tanh(last(x.float()))
 
 class Discriminator(nn.Sequential):
@@ -135,7 +139,7 @@ def build(args, device):
 def d_losses(D, real, fake, score_real, score_fake, args):
     """Images that D saw and its scores of them -> D's losses by name. It learns from their sum."""
     target = diffaug.uniform(score_real, *args.smooth)  # 1, or one-sided smoothing (Salimans et al. 2016)
-    if args.loss == "lsgan":  # Mao et al. 2017, equation 9
+    if args.loss == "lsgan":  # Mao et al. 2017, equation 9, doubled
         return {"D_real": ((score_real - target) ** 2).mean(), "D_fake": (score_fake ** 2).mean()}
     if args.loss == "vanilla":  # Goodfellow et al. 2014: -t log D(x) - (1 - t) log(1 - D(x)), D a sigmoid
         return {"D_real": (F.softplus(score_real) - target * score_real).mean(),
@@ -167,7 +171,7 @@ def mean_score(score, args):
 # ---- One step ----
 def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     """Train D, and G if train_G. real: float [B, 3, size, size] in [-1, 1].
-    Returns losses and scores by name: tensors, as to ask for a number is to wait for the device."""
+    Returns losses and scores by name: tensors, as .item() would wait for the device."""
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
     with autocast:
         fake = G(z).float()  # once for D's step and G's; losses and augmentation are in float32
@@ -218,11 +222,10 @@ def setup(args):
         device = torch.device(found if args.device == "auto" else args.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", dist.get_node_local_rank() if WORLD > 1 else 0)
-        torch.zeros(1, device=device)  # is it there?
+        torch.zeros(1, device=device)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.benchmark = True
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
@@ -264,7 +267,7 @@ def train(args, checkpoint):
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
         images, unseen = hold_out(images, args.hold_out)
-        watched = [some.to(device) / 127.5 - 1 for some in (images[:args.hold_out], unseen)]
+        trained, unseen = [some.to(device) / 127.5 - 1 for some in (images[:args.hold_out], unseen)]
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
 
@@ -290,7 +293,7 @@ def train(args, checkpoint):
     rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1
-        # Its randomness follows from its number: a resumed run has none to restore.
+        # A seed for each iteration: a resumed run draws the same numbers as one that never stopped.
         rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
         batch = data.batch(images, args.batch, (iteration - 1) * WORLD + RANK, args.seed, device)
         real = data.deluxe(batch, args.size, args.deluxe)
@@ -315,8 +318,8 @@ def train(args, checkpoint):
             row = {name: torch.stack(values).mean() for name, values in recent.items()}
             average_over_processes(row.values())
             if args.hold_out:
-                for name, some in zip(("D(trained)", "D(unseen)", "D(generated)"), (*watched, ema(fixed_z))):
-                    row[name] = score_as_they_are(D, some, args)
+                for name, some in ("trained", trained), ("unseen", unseen), ("generated", ema(fixed_z)):
+                    row[f"D({name})"] = score_as_they_are(D, some, args)
             row["images/s"] = args.batch * WORLD * (iteration - first) / (time.perf_counter() - start)
             rows.append({"iteration": iteration, **{name: float(f"{row[name]:.5g}") for name in row}})
             recent, first, start = {}, iteration, time.perf_counter()
@@ -339,7 +342,7 @@ def train(args, checkpoint):
 # ---- Sampling ----
 def slerp(a, b, t):
     """From a to b along the sphere: on the straight line, noise is too short."""
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+    angle = torch.acos(F.cosine_similarity(a, b))[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 def nearest(fakes, images):
@@ -357,9 +360,9 @@ def sample(args, checkpoint):
     data.restore({"ema": G}, checkpoint)
     generator = torch.Generator().manual_seed(args.seed)
     z, ends = torch.randn(args.n + 6, args.z, 1, 1, generator=generator).split([args.n, 6])
-    walk = [torch.stack([slerp(a, b, t / 16) for a, b in zip(ends, ends.roll(-1, 0))]) for t in range(16)]
+    walk = [slerp(ends, ends.roll(-1, 0), t / 16) for t in range(16)]  # six, each to where the next begins
     made = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, *walk]).split(64)])
-    fakes, walk = made[:args.n], made[args.n:].split(6)  # six walks, each to where the next begins
+    fakes, walk = made[:args.n], made[args.n:].split(6)
     folder = data.new_folder(args.out, Path(args.sample) / "generated")
     with data.mendable(f"can't write {folder}"):
         for i, fake in enumerate(fakes):
@@ -368,7 +371,7 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
         data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
-        with data.mendable("no nearest.png", data.BadInput, fatal=False):
+        with data.mendable("no nearest.png", Exception, fatal=False):
             images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
             pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
             data.save_png(data.to_pillow(pairs), folder / "nearest.png")
