@@ -222,7 +222,7 @@ def save_views(rows, folder, last):
     files = [file for file in folder.glob("samples/*.png") if file.stem.isdecimal()]
     if last and files:
         files.sort(key=lambda file: -int(file.stem))  # the last one first
-        frames = [Image.open(file) for file in files[::len(files) // 100 + 1]][::-1]
+        frames = [Image.open(file) for file in reversed(files[::len(files) // 100 + 1])]
         frames = [frame.resize(frames[-1].size) for frame in frames]  # of a resumed run they may differ
         save_gif(frames, folder / "timelapse.gif", 150)
 
