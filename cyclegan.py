@@ -295,7 +295,7 @@ def train(args, checkpoint):
 
     if WORLD > 1:
         dist.destroy_process_group()
-    data.end("cyclegan", folder, iteration, args.iters)
+    data.end(folder, iteration, args.iters)
 
 # ---- Translating ----
 def read_pictures(source, side):

@@ -273,11 +273,11 @@ def unused(start, suffix=""):
     return path
 
 def new_folder(given, otherwise):
-    """Make the given folder, which has to be new, or else an unused one."""
+    """Make the given folder, which has to be new or empty, or else an unused one."""
     with mendable(f"can't make the folder {given or otherwise}: give another --out"):
         folder = Path(given) if given else unused(otherwise)
         if RANK == 0:  # the first process writes
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=folder.is_dir() and not any(folder.iterdir()))
     return folder
 
 # ---- Messages ----
@@ -328,11 +328,11 @@ def status(row, args):
     minutes = (args.iters - k) * args.batch * WORLD / speed / 60
     say(f"{k}/{args.iters}  {numbers}  {speed:.0f} images/s  {minutes:.0f} min left")
 
-def end(program, folder, iteration, iters):
+def end(folder, iteration, iters):
     if iteration >= iters:
         return say(f"finished at iteration {iteration}: {folder}")
     start = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
-    again = f"{start} {program}.py --resume {shlex.quote(str(folder))}"
+    again = f"{start} {shlex.quote(sys.argv[0])} --resume={shlex.quote(str(folder))}"
     if RANK == 0:
         say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
     sys.exit(130)
@@ -424,9 +424,9 @@ def get(name):
         raise BadInput(f"{target} is there already")
     for server in SERVERS:
         with mendable(server, Exception, fatal=False):
-            target.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+            with tempfile.TemporaryDirectory(dir=".") as unpacked:
                 download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
+                target.parent.mkdir(exist_ok=True)
                 os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
             return say(str(target))
     raise BadInput(f"no {name}: put images into {target}/trainA, trainB, ...")

@@ -337,7 +337,7 @@ def train(args, checkpoint):
 
     if WORLD > 1:
         dist.destroy_process_group()
-    data.end("dcgan", folder, iteration, args.iters)
+    data.end(folder, iteration, args.iters)
 
 # ---- Sampling ----
 def slerp(a, b, t):
