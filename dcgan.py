@@ -371,8 +371,10 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
         data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
-        with data.mendable("no nearest.png", Exception, fatal=False):
+        with data.mendable("no nearest.png", data.BadInput, fatal=False):
             images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
+            if not len(images):
+                raise data.BadInput("all images are held out")
             pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
             data.save_png(data.to_pillow(pairs), folder / "nearest.png")
 
