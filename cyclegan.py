@@ -95,7 +95,7 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers)
         init_weights(self)
         if spectral:
-            for layer in self:
+            for layer in layers[:-1]:  # not the last, or D can't score 1 and 0
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
 

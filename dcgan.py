@@ -10,9 +10,9 @@ discriminator D learns to score real images 1 and G's fakes 0. G learns to make 
 scores 1. Nobody ever tells G what a cat is.
 
 Not as Radford et al. had them: G doubles the size by copying pixels. The noise steers each of its
-norms, and a random pattern helps it to make fur. D has no norm, but sees how much a batch varies,
-and its gradient is clipped. Samples come from a running average of G. The flags closest to the
-paper are in assets/experiments.md.
+norms, and a random pattern helps it to make fur. D has no norm, and its gradient is clipped.
+Samples come from a running average of G. The flags closest to the paper are in
+assets/experiments.md.
 """
 import copy
 import math
@@ -46,15 +46,6 @@ class Modulated(nn.BatchNorm2d):
         scale, shift = self.style(z).chunk(2, dim=1)
         x = torch.addcmul(shift, super().forward(x), 1 + scale)  # shift + x * (1 + scale)
         return x + (self.share * self.pattern).to(x.dtype)
-
-class MinibatchStd(nn.Module):
-    """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
-    (Karras et al. 2018). It shows D when G repeats itself."""
-
-    def forward(self, x):
-        apart = x.float() - x.float().mean(dim=0)  # faster than var()
-        deviation = apart.square().mean(dim=0).add(1e-8).sqrt().mean().to(x.dtype)
-        return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
 
 def norm_layers(norm, channels, z=None, side=None):
     if norm == "modulated":
@@ -103,10 +94,10 @@ class Generator(nn.Sequential):
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
     patch=True is a PatchGAN (Isola et al. 2017): convolutions see 70 x 70 pixels, at 64 px 34, at 32 px 16.
-    spectral=True divides each weight matrix by its largest singular value (Miyato et al. 2018): that limits,
-    up to a factor, how steeply D's score can change."""
+    spectral=True divides the weight matrices, but the last, by their largest singular values (Miyato et al.
+    2018). That limits, up to a factor, how steeply what the last layer gets can change."""
 
-    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=True):
+    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
         if patch:
             strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
@@ -117,21 +108,17 @@ class Discriminator(nn.Sequential):
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=norm == "none")]
             layers += [*norm_layers(norm, channels), nn.SELU() if selu else nn.LeakyReLU(0.2)]
             # after the first layer [B, 32, 32, 32], then [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
-        if std:
-            layers += [MinibatchStd()]
-            channels += 1
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
         if spectral:
-            for layer in self:
+            for layer in layers[:-1]:  # not the last, or D can't score 1 and 0
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
 
 def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
-    D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
-                      args.minibatch_std)
+    D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu)
     layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last  # slow on Apple's GPUs
     return [net.to(device, memory_format=layout) for net in (G, D)]
 
@@ -254,11 +241,10 @@ def hold_out(images, n):
 
 @torch.no_grad()
 def score_as_they_are(D, images, args):
-    """D's mean score of float images, not augmented. In batches as in training, as D may look at a batch."""
+    """D's mean score of float images, not augmented."""
     D = copy.deepcopy(D)  # a look would change the estimates of spectral norm
-    images = center_crop(images, args.size)
-    batches = [batch for batch in images.split(args.batch) if len(batch) == args.batch] or [images]
-    return torch.stack([mean_score(D(batch), args) for batch in batches]).mean().item()
+    scores = torch.cat([D(part) for part in center_crop(images, args.size).split(args.batch)])
+    return mean_score(scores, args).item()
 
 def train(args, checkpoint):
     device, autocast = setup(args)
@@ -396,8 +382,6 @@ def options(argv=None):
     arg("--spectral-norm", action="store_true", help="on D's weights: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
-    arg("--no-minibatch-std", dest="minibatch_std", action="store_false", default=None,
-        help="don't show D how much a batch varies (shown, except with --patch or wgan-gp)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
         help="squared distance; log-likelihood; the last two with D of limited slope (lsgan)")
@@ -417,13 +401,11 @@ def options(argv=None):
     args, checkpoint = data.parse(parser, argv, "dcgan", "sample")
     if args.critic_iters is None:
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
-    if args.minibatch_std is None:
-        args.minibatch_std = not args.patch and args.loss != "wgan-gp"
     args.norm = args.norm or ("none" if args.selu else "modulated")
     if args.d_norm is None:  # clipped weights are small: without a norm, D's signals fade from layer to layer
         args.d_norm = "batch" if args.loss == "wgan" and not (args.selu or args.spectral_norm) else "none"
     data.check(parser, args, checkpoint, "sample",
-               fixed="size width z up norm d_norm spectral_norm patch selu minibatch_std loss hold_out")
+               fixed="size width z up norm d_norm spectral_norm patch selu loss hold_out")
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
