@@ -150,7 +150,7 @@ def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
         scores |= {f"{name}(real)": score_real.mean(), f"{name}(fake)": score_fake.mean()}
     (losses["D_X"] + losses["D_Y"]).backward()
     average_over_processes(weight.grad for D in (D_X, D_Y) for weight in D.parameters())
-    for D in (D_X, D_Y):  # one large step after an odd batch could ruin D
+    for D in (D_X, D_Y):  # as in dcgan.py, where D's loss leapt without it
         nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
