@@ -241,10 +241,10 @@ def hold_out(images, n):
 
 @torch.no_grad()
 def score_as_they_are(D, images, args):
-    """D's mean score of float images, not augmented."""
+    """D's mean score of float images, not augmented. In batches as in training, for a D with batch norm."""
     D = copy.deepcopy(D)  # a look would change the estimates of spectral norm
-    scores = torch.cat([D(part) for part in center_crop(images, args.size).split(args.batch)])
-    return mean_score(scores, args).item()
+    batches = center_crop(images, args.size).tensor_split(max(1, len(images) // args.batch))
+    return mean_score(torch.cat([D(batch) for batch in batches]), args).item()
 
 def train(args, checkpoint):
     device, autocast = setup(args)
