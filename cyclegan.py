@@ -188,16 +188,16 @@ def average_over_processes(tensors):
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
     torch.empty(33_000_000, dtype=torch.uint8)  # from now on Linux lets us keep freed memory: 10 % faster
-    with data.mendable(f"--device {args.device}", Exception):
+    with data.mendable(f"--device {args.device}"):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
-        if device.type == "cuda" and device.index is None:
+        if str(device) == "cuda":  # without a number
             device = torch.device("cuda", dist.get_node_local_rank() if WORLD > 1 else 0)
         torch.zeros(1, device=device)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not args.translate  # whose pictures differ in shape
         bf16 = torch.cuda.get_device_capability() >= (8, 0)
     if WORLD > 1:
         dist.init_process_group()
@@ -285,7 +285,7 @@ def train(args, checkpoint):
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
             data.status(rows[-1], args)
-        with data.mendable("not written", Exception, fatal=False):  # what is for show ends no run
+        with data.mendable("not written", fatal=False):  # what is for show ends no run
             if sample:
                 fake_y, fake_x = ema_XY(fixed_x), ema_YX(fixed_y)
                 sheet = torch.cat([fixed_x, fake_y, ema_YX(fake_y), fixed_y, fake_x, ema_XY(fake_x)])
@@ -295,7 +295,7 @@ def train(args, checkpoint):
 
     if WORLD > 1:
         dist.destroy_process_group()
-    data.end(folder, iteration, args.iters)
+    data.end(folder, iteration, args)
 
 # ---- Translating ----
 def read_pictures(source, side):
@@ -318,7 +318,7 @@ def translate(args, checkpoint):
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
         result = G(padded.to(device))[:, :, :height, :width]
         path = data.unused(folder / data.shorten(Path(name).stem), ".png")  # another folder may have the name
-        with data.mendable(f"can't write {path}"):
+        with data.mendable(f"can't write {path}", OSError):
             data.save_png(data.to_pillow(result), path)
     data.say(str(folder))
 

@@ -44,7 +44,7 @@ def to_rgb(image):
     """Any Pillow image -> RGB: upright, on white, more than 8 bits scaled to 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        grey, top = np.asarray(image, dtype=np.float32), 65535
+        grey, top = np.nan_to_num(np.asarray(image, dtype=np.float32)), 65535
         if image.mode == "F" and grey.max() <= 255:  # floats may go up to 1, 255 or 65535
             top = 255 if grey.max() > 1 else 1
         image = Image.fromarray((grey * (255 / top)).clip(0, 255).round().astype(np.uint8))
@@ -73,7 +73,7 @@ def find_images(source, held_out=False):
         numbers = HELD_OUT if held_out else DRAWN[source]
         return [(f"{number}.png", partial(draw_cat, number, source[4:])) for number in numbers]
     path = Path(source)
-    with mendable(f"{source} is no folder, image or whole .zip, nor drawn ({', '.join(DRAWN)})", Exception):
+    with mendable(f"{source} is no folder, image or whole .zip, nor drawn ({', '.join(DRAWN)})"):
         if path.is_file() and path.suffix.lower() in READABLE:
             files = [path]
         else:
@@ -90,7 +90,7 @@ def read(source, files, convert):
     """Yield (name, convert(image)) of each readable file. Others are named, counted and skipped."""
     def decode(file):
         name, open_image = file
-        with mendable(f"skipped {name}", Exception, fatal=False), open_image() as image:
+        with mendable(f"skipped {name}", fatal=False), open_image() as image:
             return name, convert(image)
 
     good = 0
@@ -174,7 +174,7 @@ def save_png(image, path):
     image.save(path, "PNG", pnginfo=mark)
 
 def save_gif(images, path, milliseconds):
-    frames = [image.quantize(256, Image.Quantize.FASTOCTREE) for image in images]
+    frames = [image.quantize(256, Image.FASTOCTREE) for image in images]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, comment=MARK)
 
 def save_sheet(images, folder, iteration, columns=8):
@@ -227,14 +227,15 @@ def save_views(rows, folder, last):
         save_gif(frames, folder / "timelapse.gif", 150)
 
 def check_finite(weights, recent, iteration):
-    if not all(value.isfinite().all() for values in (weights, *recent.values()) for value in values):
+    finite = [value.isfinite().all() for values in (weights, *recent.values()) for value in values]
+    if not torch.stack(finite).all():  # waits for the device, once
         raise BadInput(f"a loss or weight is not finite at iteration {iteration}: try lower --g-lr, --d-lr")
 
 def save_checkpoint(checkpoint, folder):
     """Write beside the old file, flush, rename: there always is a whole one."""
     path, buffer = folder / "ckpt.pt", io.BytesIO()
     torch.save(checkpoint, buffer)  # to memory first, as torch.save hides that a disk is full
-    with mendable(f"can't write {path}"), tempfile.TemporaryDirectory(dir=folder) as beside:
+    with mendable(f"can't write {path}", OSError), tempfile.TemporaryDirectory(dir=folder) as beside:
         with open(f"{beside}/ckpt.pt", "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
@@ -244,7 +245,7 @@ def save_checkpoint(checkpoint, folder):
 def load_checkpoint(run, program):
     """-> the dictionary in RUN/ckpt.pt, on the CPU. weights_only: a stranger's checkpoint can't run code."""
     path = Path(run) / "ckpt.pt"
-    with mendable(f"no checkpoint {path}, or damaged, or no run of this {program}.py", Exception):
+    with mendable(f"no checkpoint {path}, or damaged, or no run of this {program}.py"):
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not notice a flipped bit
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = {"options", "iteration", "rows", "recent"}
@@ -254,7 +255,7 @@ def load_checkpoint(run, program):
 
 def restore(parts, checkpoint):
     """Load a checkpoint's networks, optimizers and pools."""
-    with mendable("the checkpoint does not fit", Exception):
+    with mendable("the checkpoint does not fit"):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
             for weight, state in getattr(part, "state", {}).items():  # of an optimizer
@@ -274,7 +275,7 @@ def unused(start, suffix=""):
 
 def new_folder(given, otherwise):
     """Make the given folder, which has to be new or empty, or else an unused one."""
-    with mendable(f"can't make the folder {given or otherwise}: give another --out"):
+    with mendable(f"can't make the folder {given or otherwise}: give another --out", OSError):
         folder = Path(given) if given else unused(otherwise)
         if RANK == 0:  # the first process writes
             folder.mkdir(parents=True, exist_ok=folder.is_dir() and not any(folder.iterdir()))
@@ -286,7 +287,7 @@ class BadInput(Exception):
     strerror = property(str)  # for mendable
 
 @contextmanager
-def mendable(what, kind=OSError, fatal=True):
+def mendable(what, kind=Exception, fatal=True):
     """An error in the block becomes BadInput, or is only told."""
     try:
         yield
@@ -323,16 +324,18 @@ def say(text, stream=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 def status(row, args):
-    numbers = "  ".join([f"{name} {value:#.3g}" for name, value in row.items()][1:6])
+    numbers = "  ".join([f"{name} {value:#.3g}" for name, value in row.items()][1:-1][:5])
     k, speed = row["iteration"], row["images/s"]
     minutes = (args.iters - k) * args.batch * WORLD / speed / 60
     say(f"{k}/{args.iters}  {numbers}  {speed:.0f} images/s  {minutes:.0f} min left")
 
-def end(folder, iteration, iters):
-    if iteration >= iters:
+def end(folder, iteration, args):
+    if iteration >= args.iters:
         return say(f"finished at iteration {iteration}: {folder}")
     start = f"torchrun --nproc_per_node={WORLD}" if WORLD > 1 else "python"
-    again = f"{start} {shlex.quote(sys.argv[0])} --resume={shlex.quote(str(folder))}"
+    program, run = [shlex.quote(Path(name).as_posix()) for name in (sys.argv[0], folder)]
+    device = "" if args.device == "auto" else f" --device={args.device}"  # a checkpoint does not choose it
+    again = f"{start} {program} --resume={run}{device}"
     if RANK == 0:
         say(f"stopped at iteration {iteration}; go on with: {again}", sys.stderr)
     sys.exit(130)
@@ -423,7 +426,7 @@ def get(name):
     if target.exists():
         raise BadInput(f"{target} is there already")
     for server in SERVERS:
-        with mendable(server, Exception, fatal=False):
+        with mendable(server, fatal=False):
             with tempfile.TemporaryDirectory(dir=".") as unpacked:
                 download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
                 target.parent.mkdir(exist_ok=True)
@@ -443,7 +446,7 @@ def main(argv=None):
     images = load_images(args.source, load_size(args.size, args.deluxe), limit=8)
     sheet = [center_crop(images, args.size) / 127.5 - 1]
     sheet += [diffaug.augment(deluxe(images, args.size, args.deluxe), args.diffaug) for _ in range(11)]
-    with mendable("can't write out/preview.png"):
+    with mendable("can't write out/preview.png", OSError):
         save_png(to_pillow(torch.stack(sheet, dim=1).flatten(0, 1), columns=12), "out/preview.png")
     say("out/preview.png: in each row an image, then 11 augmented versions")
 
@@ -495,7 +498,7 @@ def draw_cat(number, breed, side=288):
     paint(nose, [(face - .12, nod + .27), (face + .12, nod + .27), (face, nod + .4)], .03)
     x, y = face + .34 * t, nod + .5 + (.14 * t * t if grumpy else .1 * abs(np.sin(np.pi * t)))
     paint("#603e3c", [*zip(x, y), *zip(x[::-1], y[::-1] + .05)])  # mouth
-    cat = cat.rotate(tilt, Image.Resampling.BICUBIC).resize([round(5.2 * radius * side)] * 2)
+    cat = cat.rotate(tilt, Image.BICUBIC).resize([round(5.2 * radius * side)] * 2)
     scene.paste(cat, (round(x0 * side - cat.width / 2), round(y0 * side - cat.width / 2)), cat)
     lit = np.asarray(scene) * (shade + light * np.linspace(-1, 1, side)[:, None])
     return Image.fromarray(lit.clip(0, 255).astype(np.uint8))

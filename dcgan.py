@@ -27,7 +27,7 @@ from torchvision.transforms.functional import center_crop
 
 import data
 import diffaug
-from data import RANK, WORLD  # this process's number, and how many there are
+from data import RANK, WORLD
 
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
@@ -67,9 +67,10 @@ class Generator(nn.Sequential):
 
     def __init__(self, size=64, width=32, z=32, up="resize", norm="modulated", selu=False):
         bias = norm == "none"  # a norm would take it out again
+        activation = nn.SELU() if selu else nn.ReLU()
         side, channels = 4, min(8, size // 8) * width
         layers = [nn.ConvTranspose2d(z, channels, 4, bias=bias)]  # [B, 256, 4, 4]
-        layers += [*norm_layers(norm, channels, z, side), nn.SELU() if selu else nn.ReLU()]
+        layers += [*norm_layers(norm, channels, z, side), activation]
         while side < size:
             side *= 2
             inputs, channels = channels, min(8 * width, width * size // side // 2)
@@ -77,7 +78,7 @@ class Generator(nn.Sequential):
                 layers += [nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1, bias=bias)]
             else:  # pixels doubled first: no checkerboard to start from (Odena et al. 2016)
                 layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, channels, 3, padding=1, bias=bias)]
-            layers += [*norm_layers(norm, channels, z, side), nn.SELU() if selu else nn.ReLU()]
+            layers += [*norm_layers(norm, channels, z, side), activation]
             # [B, 128, 8, 8], [B, 64, 16, 16], [B, 32, 32, 32], [B, 16, 64, 64]
         layers += [nn.Conv2d(channels, 3, 3, padding=1), nn.Tanh()]  # [B, 3, 64, 64]
         super().__init__(*layers)
@@ -101,12 +102,13 @@ class Discriminator(nn.Sequential):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
         if patch:
             strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
+        activation = nn.SELU() if selu else nn.LeakyReLU(0.2)
         channels = width
-        layers = [nn.Conv2d(3, channels, 4, strides[0], padding=1), nn.SELU() if selu else nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(3, channels, 4, strides[0], padding=1), activation]
         for stride in strides[1:]:
             inputs, channels = channels, min(8 * width, 2 * channels)
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=norm == "none")]
-            layers += [*norm_layers(norm, channels), nn.SELU() if selu else nn.LeakyReLU(0.2)]
+            layers += [*norm_layers(norm, channels), activation]
             # after the first layer [B, 32, 32, 32], then [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
@@ -171,7 +173,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
-    # Without this cut D's loss leapt, at 128 px, to 10^5. Adam remembers that for long, and D stands still.
+    # Without this cut D's loss leapt, at 128 px, to 59,000. Adam remembers that for long, and D stands still.
     nn.utils.clip_grad_norm_(D.parameters(), 1)
     optim_D.step()
     optim_D.zero_grad()
@@ -204,10 +206,10 @@ def average_over_processes(tensors):
 def setup(args):
     """-> the device, and a context in which networks compute in bf16, if the hardware does."""
     torch.empty(33_000_000, dtype=torch.uint8)  # from now on Linux lets us keep freed memory: 10 % faster
-    with data.mendable(f"--device {args.device}", Exception):
+    with data.mendable(f"--device {args.device}"):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
-        if device.type == "cuda" and device.index is None:
+        if str(device) == "cuda":  # without a number
             device = torch.device("cuda", dist.get_node_local_rank() if WORLD > 1 else 0)
         torch.zeros(1, device=device)
     bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
@@ -253,7 +255,8 @@ def train(args, checkpoint):
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
         images, unseen = hold_out(images, args.hold_out)
-        trained, unseen = [some.to(device) / 127.5 - 1 for some in (images[:args.hold_out], unseen)]
+        _, trained = hold_out(images, args.hold_out)  # spread as evenly
+        trained, unseen = [some.to(device) / 127.5 - 1 for some in (trained, unseen)]
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
 
@@ -299,7 +302,7 @@ def train(args, checkpoint):
         sample = RANK == 0 and (last or iteration % args.sample_every == 0)
         save = RANK == 0 and (last or stop or iteration % args.save_every == 0)
         if log or save:
-            data.check_finite(floats(G, D), recent, iteration)  # waits for the device
+            data.check_finite(floats(G, D), recent, iteration)
         if log:
             row = {name: torch.stack(values).mean() for name, values in recent.items()}
             average_over_processes(row.values())
@@ -315,7 +318,7 @@ def train(args, checkpoint):
                 "options": vars(args), **{name: part.state_dict() for name, part in parts.items()}}, folder)
         if log:
             data.status(rows[-1], args)
-        with data.mendable("not written", Exception, fatal=False):  # what is for show ends no run
+        with data.mendable("not written", fatal=False):  # what is for show ends no run
             if sample:
                 data.save_sheet(ema(fixed_z), folder, iteration)
             if save:
@@ -323,7 +326,7 @@ def train(args, checkpoint):
 
     if WORLD > 1:
         dist.destroy_process_group()
-    data.end(folder, iteration, args.iters)
+    data.end(folder, iteration, args)
 
 # ---- Sampling ----
 def slerp(a, b, t):
@@ -350,7 +353,7 @@ def sample(args, checkpoint):
     made = torch.cat([G(part.to(device)).cpu() for part in torch.cat([z, *walk]).split(64)])
     fakes, walk = made[:args.n], made[args.n:].split(6)
     folder = data.new_folder(args.out, Path(args.sample) / "generated")
-    with data.mendable(f"can't write {folder}"):
+    with data.mendable(f"can't write {folder}", OSError):
         for i, fake in enumerate(fakes):
             data.save_png(data.to_pillow(fake[None]), folder / "images" / f"{i:05d}.png")
         data.save_png(data.to_pillow(fakes), folder / "grid.png")

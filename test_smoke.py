@@ -277,7 +277,6 @@ def test_deluxe_range_sizes_and_what_the_plain_flags_mean():
                             ("--deluxe --diffaug", "flip"), ("--deluxe crop --diffaug", "crop")):
         assert options(flags).deluxe == options(flags, cyclegan).deluxe == expected
     assert not options("--diffaug none").diffaug and not options("--deluxe none").deluxe
-    assert options("--spectral-norm --selu --d-norm batch").d_norm == "batch"  # what is typed, is built
 # ---- images in and out ----
 @pytest.mark.parametrize("mode, value, expected", [
     ("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
@@ -285,7 +284,9 @@ def test_deluxe_range_sizes_and_what_the_plain_flags_mean():
     ("I;16", 32768, (128, 128, 128)), ("F", 0.5, (128, 128, 128)), ("L", 7, (7, 7, 7)),
     ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("HSV", (0, 0, 255), (255, 255, 255))])
 def test_every_mode_becomes_rgb_on_white_and_scaled_to_8_bits(mode, value, expected):
-    assert data.to_rgb(Image.new(mode, (6, 6), value)).getpixel((1, 1)) == pytest.approx(expected, abs=1)
+    image = Image.new(mode, (6, 6), value)
+    image.putpixel((0, 0), float("nan") if mode == "F" else value)  # a hole in a measured picture
+    assert data.to_rgb(image).getpixel((1, 1)) == pytest.approx(expected, abs=1)
 
 def test_load_images_from_folder_and_zip(capfd):
     image, half, turned = Image.new("RGBA", (60, 20)), Image.new("L", (80, 40)), Image.Exif()
@@ -442,10 +443,10 @@ def test_rates_averages_pools_and_what_a_second_stage_is_given_anew():
         saved = train(cyclegan, f"--decay --g-lr 3e-4 --d-lr 6e-4 --pool 20 --iters {iters}", f"{iters}")
         assert rates(saved) == pytest.approx([3e-4 * part, 6e-4 * part])
         assert len(saved["pool_X"]["images"]) == len(saved["pool_Y"]["images"]) == min(20, 4 * iters)
-class Heart(Toy):  # a D that knows dark pictures by heart, but for 15, 11, 7, 3: 1 for these, 0 for others
+class Heart(Toy):  # a D that knows each third of the dark pictures that it trains on: 14, 10, 6, 2
     def forward(self, x):
         level = ((x.mean((1, 2, 3), keepdim=True) + 1) * 127.5).round()
-        return self.w * ((level < 16) & (level % 4 < 3)) + 0 * level
+        return self.w * ((level < 16) & (level % 4 == 2)) + 0 * level
 
 def test_hold_out_shows_whether_D_knows_its_images_by_heart(monkeypatch):
     for i in range(16):
@@ -457,8 +458,7 @@ def test_hold_out_shows_whether_D_knows_its_images_by_heart(monkeypatch):
     assert Image.open("1/generated/nearest.png").getpixel((9, 50)) == (14, 14, 14)  # 15 is held out
     monkeypatch.setattr(dcgan, "build", lambda args, device: [dcgan.Generator(32, 4), Heart("D", 1.0)])
     row = train(dcgan, flags)["rows"][0]
-    scores = [row[f"D({name})"] for name in ("real", "trained", "unseen", "generated")]
-    assert scores == pytest.approx([1, 1, 0, 0], abs=1e-6)
+    assert [row[f"D({name})"] for name in ("trained", "unseen", "generated")] == pytest.approx([1, 0, 0])
     assert dcgan.score_as_they_are(lambda x: 0 * x[:, 0, 0, 0] + len(x), torch.zeros(50, 3, 32, 32),
                                    options("--batch 16")) == pytest.approx(16.68)  # 17, 17, 16: none of 2
 
@@ -524,8 +524,8 @@ def test_a_stopped_run_says_how_to_go_on(monkeypatch, capfd):
     monkeypatch.setattr(data, "WORLD", 2)
     Path("my run").mkdir()  # as good as a new one, as it is empty
     with pytest.raises(SystemExit, match="130"):
-        data.end(data.new_folder("my run", ""), 1, 2)
-    assert re.search("torchrun --nproc_per_node=2 .* --resume='my run'$", capfd.readouterr().err)
+        data.end(data.new_folder("my run", ""), 1, options("--device cpu"))
+    assert re.search("torchrun --nproc_per_node=2 .* --resume='my run' --device=cpu$", capfd.readouterr().err)
 
 def test_names_are_cut_and_shown_on_any_terminal_and_places_are_for_the_user_to_say(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
