@@ -10,10 +10,11 @@ discriminator D learns to score real images 1 and G's fakes 0. G learns to make 
 scores 1. Nobody ever tells G what a cat is.
 
 Not as Radford et al. had them: G doubles the size by copying pixels. The noise steers each of its
-norms, and a random pattern helps it to make fur. D has no norm, and its gradient is clipped.
-Samples come from a running average of G. The flags closest to the paper are in
-assets/experiments.md.
+norms, and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a
+batch varies, and its gradient is clipped. Samples come from a running average of G. The flags
+closest to the paper are in assets/experiments.md.
 """
+import argparse
 import copy
 import math
 import time
@@ -47,14 +48,20 @@ class Modulated(nn.BatchNorm2d):
         x = torch.addcmul(shift, super().forward(x), 1 + scale)  # shift + x * (1 + scale)
         return x + (self.share * self.pattern).to(x.dtype)
 
+class MinibatchStd(nn.Module):
+    """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
+    (Karras et al. 2018). It shows D when G repeats itself."""
+
+    def forward(self, x):
+        apart = x.float() - x.float().mean(dim=0)  # faster than var()
+        deviation = apart.square().mean(dim=0).add(1e-8).sqrt().mean().to(x.dtype)
+        return torch.cat([x, deviation.expand(len(x), 1, *x.shape[2:])], dim=1)
+
 def norm_layers(norm, channels, z=None, side=None):
     if norm == "modulated":
         return [Modulated(channels, z, side)]
-    if norm == "batch":
-        return [nn.BatchNorm2d(channels)]
-    if norm == "instance":
-        return [nn.InstanceNorm2d(channels)]
-    return []
+    plain = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
+    return [plain[norm](channels)] if norm in plain else []
 
 def init_weights(net):
     """N(0, 0.02) for the convolutions' weights (Radford et al. 2016)."""
@@ -98,7 +105,7 @@ class Discriminator(nn.Sequential):
     spectral=True divides the weight matrices, but the last, by their largest singular values (Miyato et al.
     2018). That limits, up to a factor, how steeply what the last layer gets can change."""
 
-    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False):
+    def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=False):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
         if patch:
             strides = {32: [2, 1], 64: [2, 2, 1]}.get(size, [2, 2, 2, 1])
@@ -110,6 +117,9 @@ class Discriminator(nn.Sequential):
             layers += [nn.Conv2d(inputs, channels, 4, stride, padding=1, bias=norm == "none")]
             layers += [*norm_layers(norm, channels), activation]
             # after the first layer [B, 32, 32, 32], then [B, 64, 16, 16], [B, 128, 8, 8], [B, 256, 4, 4]
+        if std:
+            layers += [MinibatchStd()]
+            channels += 1
         layers += [nn.Conv2d(channels, 1, 4, padding=1 if patch else 0)]  # no norm, no activation
         super().__init__(*layers)
         init_weights(self)
@@ -120,7 +130,8 @@ class Discriminator(nn.Sequential):
 
 def build(args, device):
     G = Generator(args.size, args.width, args.z, args.up, args.norm, args.selu)
-    D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu)
+    D = Discriminator(args.size, args.width, args.d_norm, args.spectral_norm, args.patch, args.selu,
+                      args.minibatch_std)
     layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last  # slow on Apple's GPUs
     return [net.to(device, memory_format=layout) for net in (G, D)]
 
@@ -243,7 +254,7 @@ def hold_out(images, n):
 
 @torch.no_grad()
 def score_as_they_are(D, images, args):
-    """D's mean score of float images, not augmented. In batches as in training, for a D with batch norm."""
+    """D's mean score of float images, not augmented. In batches as in training: D may look at a batch."""
     D = copy.deepcopy(D)  # a look would change the estimates of spectral norm
     batches = center_crop(images, args.size).tensor_split(max(1, len(images) // args.batch))
     return mean_score(torch.cat([D(batch) for batch in batches]), args).item()
@@ -385,6 +396,8 @@ def options(argv=None):
     arg("--spectral-norm", action="store_true", help="on D's weights: calms losses that jump")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
+    arg("--minibatch-std", action=argparse.BooleanOptionalAction,
+        help="show D how much a batch varies (from 128 px on, but for --patch and wgan-gp)")
     arg = parser.add_argument_group("training").add_argument
     arg("--loss", choices=("lsgan", "vanilla", "wgan", "wgan-gp"), default="lsgan",
         help="squared distance; log-likelihood; the last two with D of limited slope (lsgan)")
@@ -404,17 +417,19 @@ def options(argv=None):
     args, checkpoint = data.parse(parser, argv, "dcgan", "sample")
     if args.critic_iters is None:
         args.critic_iters = 5 if args.loss.startswith("wgan") else 1
+    if args.minibatch_std is None:
+        args.minibatch_std = args.size > 64 and not args.patch and args.loss != "wgan-gp"
     args.norm = args.norm or ("none" if args.selu else "modulated")
     if args.d_norm is None:  # clipped weights are small: without a norm, D's signals fade from layer to layer
         args.d_norm = "batch" if args.loss == "wgan" and not (args.selu or args.spectral_norm) else "none"
     data.check(parser, args, checkpoint, "sample",
-               fixed="size width z up norm d_norm spectral_norm patch selu loss hold_out")
+               fixed="size width z up norm d_norm spectral_norm patch selu minibatch_std loss hold_out")
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
         parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
-    if args.loss == "wgan-gp" and args.d_norm == "batch":
-        parser.error("wgan-gp scores each image alone: no --d-norm batch")
+    if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.minibatch_std):
+        parser.error("wgan-gp scores each image alone: no --d-norm batch, no --minibatch-std")
     return args, checkpoint
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 import copy
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -105,6 +104,7 @@ def test_layers_are_added_as_the_size_doubles_with_at_most_8_times_the_width(siz
     G, D = dcgan.build(options(f"--size {size} --width 2 --z 5"), CPU)
     images = G(torch.randn(2, 5, 1, 1))
     assert images.shape == (2, 3, size, size) and D(images).shape == (2, 1, 1, 1)
+    assert isinstance(D[-2], dcgan.MinibatchStd) == (size > 64)
     channels = [min(16, size // side) for side in (4, 8, 16, 32, 64, 128, 256) if side <= size]
     assert [layer.num_features for layer in G if isinstance(layer, dcgan.Modulated)] == channels
     assert [weight.shape[0] for weight in D.parameters() if weight.dim() == 4] == [*channels[-2::-1], 1]
@@ -132,7 +132,10 @@ def test_initial_weights_and_spectral_norm(program):
         weight = [layer.weight for _ in range(30)][-1]  # the estimate gets better at each look
         assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
-def test_modulation():
+def test_minibatch_std_and_modulation():
+    x, std = torch.randn(6, 4, 3, 3), dcgan.build(options("--minibatch-std"), CPU)[1][-2]
+    assert torch.equal(std(x)[:, :4], x) and std(x[:1].expand(6, -1, -1, -1))[:, 4].max() < 1e-3
+    assert torch.allclose(std(x)[:, 4], x.std(0, correction=0).mean(), atol=1e-4)  # over the batch
     layer, x, z = dcgan.Modulated(2, 3, 16), torch.randn(5, 2, 16, 16), torch.randn(5, 3, 1, 1)
     out, (scale, shift) = F.batch_norm(x, None, None, training=True), layer.style(z).chunk(2, dim=1)
     fur = nn.init.normal_(layer.get_parameter("share")) * layer.get_buffer("pattern")  # trained; saved
@@ -510,15 +513,10 @@ def test_what_is_for_show_ends_no_run_and_comes_after_the_checkpoint(monkeypatch
 @pytest.mark.parametrize("sink", ["> /dev/full", ">&-", "| true"])  # true closes the pipe
 def test_a_run_whose_output_nobody_can_take_goes_on(sink):
     line = f"'{sys.executable}' '{HERE}/dcgan.py' {' '.join(command(dcgan))} {sink}"
-    ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], stderr=subprocess.PIPE, text=True)
+    others = os.environ | {"RANK": "1", "WORLD_SIZE": "3"}  # not torchrun's: this is one process
+    shell = ["bash", "-o", "pipefail", "-c", line]
+    ended = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=others)
     assert ended.returncode == 0 and "rror" not in ended.stderr and files("run") == FILES
-
-def test_only_torchrun_makes_several_processes(monkeypatch):
-    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "1", "WORLD_SIZE": "3"})
-    for more, rank, world in (({}, 0, 1), ({"TORCHELASTIC_RUN_ID": "x"}, 1, 3)):
-        os.environ |= more
-        module = runpy.run_path(data.__file__)
-        assert (module["RANK"], module["WORLD"]) == (rank, world)
 
 def test_a_stopped_run_says_how_to_go_on(monkeypatch, capfd):
     monkeypatch.setattr(data, "WORLD", 2)
@@ -565,7 +563,8 @@ cyclegan --input empty: go together | dcgan --resume run --width 8: width | dcga
 dcgan --width 1: --width and --z 2 | dcgan --device gpu: --device gpu | dcgan --resume folder: directory
 cyclegan --blocks -1: --blocks | dcgan --resume broken: damaged | dcgan --resume=: empty path
 dcgan --sample=: empty path | dcgan --g-target 9: -1 to 2 | data preview : empty path
-cyclegan --pool 3: --pool | dcgan --out=: empty path"""
+cyclegan --pool 3: --pool | dcgan --out=: empty path
+dcgan --loss wgan-gp --minibatch-std: no --minibatch-std"""
 
 @pytest.mark.parametrize("case", re.split(r"\n| \| ", BAD_INPUT.strip("\n")))
 def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
