@@ -426,11 +426,10 @@ def get(name):
     if target.exists():
         raise BadInput(f"{target} is there already")
     for server in SERVERS:
-        with mendable(server, fatal=False):
-            with tempfile.TemporaryDirectory(dir=".") as unpacked:
-                download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
+        with mendable(server, fatal=False), tempfile.TemporaryDirectory(dir=".") as unpacked:
+            download_and_extract_archive(f"{server}/datasets/{name}.zip", unpacked)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(Path(unpacked) / name, target)  # only what is whole gets its name
             return say(str(target))
     raise BadInput(f"no {name}: put images into {target}/trainA, trainB, ...")
 

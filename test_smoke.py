@@ -114,7 +114,7 @@ def test_layers_are_added_as_the_size_doubles_with_at_most_8_times_the_width(siz
 @both
 @pytest.mark.parametrize("size, field", [(32, 16), (64, 34), (128, 70), (256, 70)])
 def test_patch_discriminator_sees_a_patch(program, size, field):
-    x = torch.randn(1, 3, size, size, requires_grad=True)
+    x = torch.randn(2, 3, size, size, requires_grad=True)
     scores = program.build(options(f"--patch --size {size}", program), CPU)[-1](x)
     scores[0, 0, scores.shape[2] // 2, scores.shape[3] // 2].backward()
     rows = x.grad.abs().sum((0, 1, 3)).nonzero()
@@ -280,6 +280,8 @@ def test_deluxe_range_sizes_and_what_the_plain_flags_mean():
                             ("--deluxe --diffaug", "flip"), ("--deluxe crop --diffaug", "crop")):
         assert options(flags).deluxe == options(flags, cyclegan).deluxe == expected
     assert not options("--diffaug none").diffaug and not options("--deluxe none").deluxe
+    typed = options("--spectral-norm --selu --d-norm batch --size 128 --no-minibatch-std")
+    assert typed.d_norm == "batch" and not typed.minibatch_std  # what is typed, is built
 # ---- images in and out ----
 @pytest.mark.parametrize("mode, value, expected", [
     ("RGBA", (255, 0, 0, 0), (255, 255, 255)), ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
@@ -387,7 +389,7 @@ def test_what_a_run_does_and_writes(monkeypatch, capfd):
     first, *lines = capfd.readouterr().out.splitlines()
     assert re.search("6 images .* 32 px, on cpu, deluxe flip, diffaug translation", first)
     assert all(len(line) <= 120 for line in lines if "images/s" in line)
-    assert [options(f"--loss {loss}").critic_iters for loss in ("lsgan", "wgan", "wgan-gp")] == [1, 5, 5]
+    assert [options(f"--size 128 --loss {k}").critic_iters for k in ("lsgan", "wgan", "wgan-gp")] == [1, 5, 5]
 
 @runs
 def test_a_stopped_run_goes_on_bit_for_bit(program, flags, monkeypatch, capfd):
@@ -461,7 +463,8 @@ def test_hold_out_shows_whether_D_knows_its_images_by_heart(monkeypatch):
     assert Image.open("1/generated/nearest.png").getpixel((9, 50)) == (14, 14, 14)  # 15 is held out
     monkeypatch.setattr(dcgan, "build", lambda args, device: [dcgan.Generator(32, 4), Heart("D", 1.0)])
     row = train(dcgan, flags)["rows"][0]
-    assert [row[f"D({name})"] for name in ("trained", "unseen", "generated")] == pytest.approx([1, 0, 0])
+    scores = [row[f"D({name})"] for name in ("real", "trained", "unseen", "generated")]
+    assert scores == pytest.approx([0.5, 1, 0, 0], abs=1e-6)  # real: two of a batch of four
     assert dcgan.score_as_they_are(lambda x: 0 * x[:, 0, 0, 0] + len(x), torch.zeros(50, 3, 32, 32),
                                    options("--batch 16")) == pytest.approx(16.68)  # 17, 17, 16: none of 2
 
@@ -513,9 +516,8 @@ def test_what_is_for_show_ends_no_run_and_comes_after_the_checkpoint(monkeypatch
 @pytest.mark.parametrize("sink", ["> /dev/full", ">&-", "| true"])  # true closes the pipe
 def test_a_run_whose_output_nobody_can_take_goes_on(sink):
     line = f"'{sys.executable}' '{HERE}/dcgan.py' {' '.join(command(dcgan))} {sink}"
-    others = os.environ | {"RANK": "1", "WORLD_SIZE": "3"}  # not torchrun's: this is one process
-    shell = ["bash", "-o", "pipefail", "-c", line]
-    ended = subprocess.run(shell, stderr=subprocess.PIPE, text=True, env=others)
+    env = os.environ | {"RANK": "1", "WORLD_SIZE": "3"}  # not torchrun's: this is one process
+    ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], stderr=subprocess.PIPE, text=True, env=env)
     assert ended.returncode == 0 and "rror" not in ended.stderr and files("run") == FILES
 
 def test_a_stopped_run_says_how_to_go_on(monkeypatch, capfd):
@@ -563,8 +565,7 @@ cyclegan --input empty: go together | dcgan --resume run --width 8: width | dcga
 dcgan --width 1: --width and --z 2 | dcgan --device gpu: --device gpu | dcgan --resume folder: directory
 cyclegan --blocks -1: --blocks | dcgan --resume broken: damaged | dcgan --resume=: empty path
 dcgan --sample=: empty path | dcgan --g-target 9: -1 to 2 | data preview : empty path
-cyclegan --pool 3: --pool | dcgan --out=: empty path
-dcgan --loss wgan-gp --minibatch-std: no --minibatch-std"""
+cyclegan --pool 3: --pool | dcgan --out=: empty path | dcgan --loss wgan-gp --minibatch-std: image alone"""
 
 @pytest.mark.parametrize("case", re.split(r"\n| \| ", BAD_INPUT.strip("\n")))
 def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
