@@ -39,6 +39,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
 # ---- Images in ----
 MARK = "made by dcgan.py or cyclegan.py"
 READABLE = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+Image.MAX_IMAGE_PIXELS = 2 ** 28  # phones take 200 million
 
 def to_rgb(image):
     """Any Pillow image -> RGB: upright, on white, more than 8 bits scaled to 8."""
@@ -64,7 +65,7 @@ def walk(folder, seen):
             continue
         if path.is_dir() and os.path.realpath(str(path)) not in seen:
             yield from walk(path, seen)
-        elif path.is_file():
+        elif path.is_file() or not path.exists():  # a broken link: read() tells
             yield path
 
 def find_images(source, held_out=False):
@@ -79,7 +80,9 @@ def find_images(source, held_out=False):
         else:
             files = sorted(walk(path if path.is_dir() else zipfile.Path(path), set()), key=str)
     images = [file for file in files if Path(file.name).suffix.lower() in READABLE]
-    real = [file for file in images if not is_ours(file)] or images  # if all are ours, they are meant
+    real = [file for file in images if not is_ours(file)]
+    if not real and images == files:  # all that is there is ours: it is meant
+        real = images
     kinds = " ".join(sorted({Path(file.name).suffix.lower() or "no suffix" for file in files} - READABLE))
     for more, less, what in ((files, images, f"files ({kinds})"), (images, real, f"pictures {MARK}")):
         if more != less:
@@ -110,9 +113,9 @@ def load_images(source, size, limit=None):
         image.draft("RGB", (2 * size, 2 * size))  # decodes a JPEG smaller: much faster
         return ImageOps.fit(to_rgb(image), (size, size))
 
-    files = find_images(source)[:limit]
-    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for good, (_, image) in enumerate(read(source, files, square)):
+    files = find_images(source)
+    images = torch.empty(limit or len(files), 3, size, size, dtype=torch.uint8)
+    for (_, image), good in zip(read(source, files, square), range(len(images))):
         images[good] = pil_to_tensor(image)
     return images[:good + 1]
 
@@ -292,7 +295,7 @@ def mendable(what, kind=Exception, fatal=True):
     try:
         yield
     except kind as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if fatal:
             raise BadInput(f"{what}: {reason}") from None
         say(f"{what}: {reason}", sys.stderr)
@@ -305,10 +308,11 @@ def one_line_errors():
     except KeyboardInterrupt:  # nothing is lost: training catches the signal itself
         sys.exit(130)
     except (BadInput, MemoryError, RuntimeError) as error:
-        memory = re.search("(out of|enough|allocate) memory|bad_alloc|MemoryError", repr(error))
-        if not (memory or isinstance(error, BadInput)):
-            raise
-        say(f"{Path(sys.argv[0]).name}: error: {str(error) or 'out of memory'}", sys.stderr)
+        if not isinstance(error, BadInput):
+            if not re.search("(out of|enough|allocate) memory|bad_alloc|MemoryError", repr(error)):
+                raise
+            error = "out of memory: try a lower --size, --batch, --width or --n"
+        say(f"{Path(sys.argv[0]).name}: error: {error}", sys.stderr)
         sys.exit(2)
 
 def say(text, stream=None):
@@ -319,7 +323,7 @@ def say(text, stream=None):
     encoding = getattr(stream, "encoding", None) or "utf-8"
     line = text.replace("\n", " ").encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(line, file=stream, flush=True)
+        print(line + "\n", end="", file=stream, flush=True)  # at once, as threads print too
     except OSError:  # nobody reads it any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

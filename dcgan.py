@@ -265,6 +265,8 @@ def train(args, checkpoint):
     if args.hold_out:
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
+        if vars(args).setdefault("images", len(images)) != len(images):  # saved with the options
+            raise data.BadInput("--hold-out: the images have changed since the run began")
         images, unseen = hold_out(images, args.hold_out)
         _, trained = hold_out(images, args.hold_out)  # spread as evenly
         trained, unseen = [some.to(device) / 127.5 - 1 for some in (trained, unseen)]
