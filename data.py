@@ -59,12 +59,16 @@ def is_ours(file):
 
 def walk(folder, seen):
     """Yield the files of a folder or .zip, through links, but nothing hidden, and no folder twice."""
-    seen.add(os.path.realpath(str(folder)))
+    place = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+    if place in seen:
+        return
+    seen.add(place)
     for path in sorted(folder.iterdir(), key=str):
         if path.name.startswith((".", "@eaDir", "__MACOSX")):  # .thumbnails, .Trash-1000, ._1.png
             continue
-        if path.is_dir() and os.path.realpath(str(path)) not in seen:
-            yield from walk(path, seen)
+        if path.is_dir():
+            with mendable(f"left out {path}", OSError, fatal=False):  # not ours to read, such as lost+found
+                yield from walk(path, seen)
         elif path.is_file() or not path.exists():  # a broken link: read() tells
             yield path
 
