@@ -565,7 +565,7 @@ dcgan --loss wgan-gp --d-norm batch: --d-norm | dcgan --g-lr nan: between 0 and 
 dcgan --data newer.zip: whole .zip | dcgan --sample run --hold-out 9: hold_out | cyclegan --pool 3: --pool
 dcgan --sample changed: does not fit | dcgan --smooth 0.9 0.2: LO <= HI | cyclegan --deluxe flip,: no '' among
 dcgan --data nowhere: nowhere is no | dcgan --resume folder: directory | data fetch apple2orange: choose from
-dcgan --device gpu: --device gpu | cyclegan --X run/samples: --X and --Y | cyclegan --input empty: go together"""
+dcgan --device gpu: device gpu | cyclegan --X run/samples: and --Y | cyclegan --input empty: go together"""
 
 @pytest.mark.parametrize("case", re.split(r"\n| \| ", BAD_INPUT.strip("\n")))
 def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
