@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def walk(folder, seen):
         return
     seen.add(place)
     for path in sorted(folder.iterdir(), key=str):
-        if path.name.startswith((".", "@eaDir", "__MACOSX")):  # .thumbnails, .Trash-1000, ._1.png
+        if path.name.startswith((".", "@eaDir", "__MACOSX", "$RECYCLE")):  # .thumbnails, .Trash-1000
             continue
         if path.is_dir():
             with mendable(f"left out {path}", OSError, fatal=False):  # not ours to read, such as lost+found
@@ -349,11 +350,13 @@ def end(folder, iteration, args):
     sys.exit(130)
 
 def catch_signals():
-    """-> a list, to which a signal to end will be added. A second one ends the program at once."""
+    """-> a list, to which a signal to end adds its time. A second one ends the program at once."""
     caught = []
     def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        caught.append(monotonic())
+        if caught[-1] > caught[0] + 0.5:  # two at once are one: notebooks send it twice
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
     for number in {1, 2, 15} & signal.valid_signals():  # a closed terminal, Ctrl-C, kill
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, catch)

@@ -9,7 +9,7 @@ import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-os.environ["OMP_NUM_THREADS"] = "1"  # for tiny networks the fastest, also in the processes that tests start
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}  # of started programs too
 import pytest
 import torch
 import torch.nn as nn
@@ -33,12 +33,11 @@ def place(tmp_path, monkeypatch):  # for each test the same random numbers, and 
     Path("cats").mkdir()
     for i, cat in enumerate(CATS):
         cat.save(f"cats/{i}.png")
-
 def options(flags="", program=dcgan):
     return program.options(f"{SMALL} {flags}".split())[0]
 def command(program, flags="", folder="run"):  # a small run in this folder, or to go on with the one there
     sets = "--data cats" if program is dcgan else "--X cats --Y cats"
-    start = f"--resume {folder}" if Path(folder).exists() else f"{SMALL} {sets} --out {folder}"
+    start = f"--resume {folder} --device cpu" if Path(folder).exists() else f"{SMALL} {sets} --out {folder}"
     return f"{start} {flags}".split()
 def train(program, flags="", folder="run"):  # in this process -> the checkpoint
     program.train(*program.options(command(program, flags, folder)))
@@ -106,8 +105,7 @@ def test_layers_are_added_as_the_size_doubles_with_at_most_8_times_the_width(siz
     channels = [min(16, size // side) for side in (4, 8, 16, 32, 64, 128, 256) if side <= size]
     assert [layer.num_features for layer in G if isinstance(layer, dcgan.Modulated)] == channels
     assert [weight.shape[0] for weight in D.parameters() if weight.dim() == 4] == [*channels[-2::-1], 1]
-    nets = cyclegan.Generator(256, 64, blocks=9), cyclegan.Discriminator(256, 64, patch=True)  # the paper's
-    assert [sum(p.numel() for p in net.parameters()) for net in nets] == [11_378_179, 2_764_737]
+    assert sum(p.numel() for p in cyclegan.Discriminator(256, 64, patch=True).parameters()) == 2_764_737
 
 @both
 @pytest.mark.parametrize("size, field", [(32, 16), (64, 34), (128, 70), (256, 70)])
@@ -316,8 +314,8 @@ def test_load_images_from_folder_and_zip(monkeypatch, capfd):
         (a, b), told = data.load_images(source, 16), capfd.readouterr().err
         assert a[1].min() > 240 and a[::2, :7].max() < 15 and a[:, 9:].min() > 240
         assert b[:, 0].min() > 240 and b[:, 15].max() < 15
-        for part in (*words, "broken.png", "left out 3 files (.heic .txt)", "left out 2 pictures made by"):
-            assert part in told
+        words += "broken.png", "left out 3 files (.heic .txt)", "left out 2 pictures made by"
+        assert all(part in told for part in words), told
     assert len(data.load_images("in/preview.png", 16)) == 1  # where nothing else is, it is meant
 
 def test_pictures_are_decoded_only_a_little_ahead():
@@ -393,16 +391,19 @@ def test_what_a_run_does_and_writes(monkeypatch, capfd):
 @runs
 def test_a_stopped_run_goes_on_bit_for_bit(program, flags, monkeypatch, capfd):
     """Seven iterations at once; or Ctrl-C in the third, another device and a power cut in the sixth."""
+    ended = []
     def interrupted(images, size, k, *rest, batch=data.batch):
-        if k == 2 and signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
-            signal.raise_signal(signal.SIGINT)
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second Ctrl-C would end it at once
+        for now in (0, 0.4, 2) if k == 2 and not ended else ():  # notebooks send a signal twice
+            patch.setattr(data, "monotonic", lambda: now)
+            os.kill(os.getpid(), signal.SIGINT)
         assert k < 5, "a power cut"
         return batch(images, size, k, *rest)
     with monkeypatch.context() as patch:
         patch.setattr(data, "batch", interrupted)
+        patch.setattr(signal, "raise_signal", lambda number: ended.append(signal.getsignal(number)))
         with pytest.raises(SystemExit, match="130"):
             train(program, f"{flags} --iters 7", "b")
+        assert ended == [signal.SIG_DFL]  # the third would have ended it at once
         assert f"go on with: python {data.shlex.quote(sys.argv[0])} --resume=b" in capfd.readouterr().err
         saved = data.load_checkpoint("b", program.__name__)
         for state in (*saved["optim_G"]["state"].values(), *saved["optim_D"]["state"].values()):
@@ -514,7 +515,7 @@ def test_what_is_for_show_ends_no_run_and_comes_after_the_checkpoint(monkeypatch
     assert movie.size == Image.open("run/samples/1000000.png").size and movie.n_frames == 3
     assert Path("run/log.csv").read_text() == "iteration,G,D(real)\n1,0.5,1\n2,0.4,\n"
 
-@pytest.mark.parametrize("sink", ["> /dev/full", ">&-", "| true"])  # true closes the pipe
+@pytest.mark.parametrize("sink", ["> /dev/full"] * os.path.exists("/dev/full") + [">&-", "| true"])
 def test_a_run_whose_output_nobody_can_take_goes_on(sink):
     line = f"'{sys.executable}' '{HERE}/dcgan.py' {' '.join(command(dcgan))} {sink}"
     env = os.environ | {"RANK": "1", "WORLD_SIZE": "3"}  # not torchrun's: this is one process
@@ -714,7 +715,6 @@ def test_two_processes_draw_their_own_take_the_same_steps_and_one_speaks(program
     Path("spy.py").write_text(SPY.format(program.__name__))
     argv = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 spy.py".split(),
             *command(program, "--diffaug --iters 3")]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    result = subprocess.run(argv, text=True, capture_output=True, timeout=200, env=environment)
+    result = subprocess.run(argv, text=True, capture_output=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("finished") == 1 and result.stdout.count("3/3") == 1 and files("run") == FILES
