@@ -5,12 +5,12 @@
     python cyclegan.py --resume RUN                           # after a stop, or with more --iters
     python cyclegan.py --translate RUN --input FOLDER --to Y  # pictures of any size, or one
 
-Two games as in dcgan.py, with pictures for noise. G_XY turns pictures of X into what D_Y takes
+Two games as in dcgan.py, with pictures in place of noise. G_XY turns pictures of X into what D_Y takes
 for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy one. The
 cycle ties the two together: from the translation, G_YX must restore the original. What dcgan.py
 has too is explained there.
 
-Not as Zhu et al. had them: G doubles the size by copying pixels, and is smaller below 256 px. No
+Unlike Zhu et al.: G doubles the size by copying pixels, and is smaller below 256 px. No
 norm stands next to an image. D has no norm, and its gradient is clipped. Samples come from a
 running average of each G. The flags closest to the paper are in assets/experiments.md.
 """
@@ -59,7 +59,7 @@ def up_conv(inputs, outputs):
 
 class Generator(nn.Sequential):
     """Images [B, 3, H, W] -> images of the other set, the same shape, both in [-1, 1]; H, W multiples of 4.
-    In the comments size 64, width 32. No norm next to the image, or a dark one would look as a bright one."""
+    In the comments size 64, width 32. No norm next to the image, or dark and bright ones would look alike."""
 
     def __init__(self, size=64, width=32, blocks=3):
         if size == 256:  # two layers more, of 7 x 7
@@ -119,9 +119,9 @@ class Pool:
             self.images = torch.cat([self.images, fakes[:missing]])
             return fakes
         slots = torch.rand(self.size, device=fakes.device).argsort()[:len(fakes)]  # different ones
-        old, keep = self.images[slots], diffaug.uniform(fakes, 0, 1) < 0.5
-        self.images[slots] = torch.where(keep, fakes, old)
-        return torch.where(keep, old, fakes)
+        old, swapped = self.images[slots], diffaug.uniform(fakes, 0, 1) < 0.5
+        self.images[slots] = torch.where(swapped, fakes, old)
+        return torch.where(swapped, old, fakes)
 
     def state_dict(self):
         return {"images": self.images}
@@ -186,8 +186,8 @@ def average_over_processes(tensors):
 
 # ---- The loop ----
 def setup(args):
-    """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    torch.empty(33_000_000, dtype=torch.uint8)  # from now on Linux lets us keep freed memory: 10 % faster
+    """-> the device, and a context in which networks compute in bf16 or float32, as --dtype says."""
+    torch.empty(33_000_000, dtype=torch.uint8)  # freed at once: Linux then lets us keep memory, 10 % faster
     with data.mendable(f"--device {args.device} (any computer has --device cpu)"):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
@@ -208,7 +208,7 @@ def optimizer(nets, rate):
     return torch.optim.Adam(nn.ModuleList(nets).parameters(), rate, betas=(0.5, 0.999), fused=True)
 
 def floats(*nets):
-    """Their weights, and the estimates of spectral norm."""
+    """Weights, and the estimates of spectral norm."""
     return [value for net in nets for value in net.state_dict().values()]
 
 def average(ema_values, G_values, decay, iteration):
@@ -250,7 +250,7 @@ def train(args, checkpoint):
     while iteration < args.iters and not stop:
         iteration += 1
         rng.manual_seed(args.seed * 1_000_003 + iteration * WORLD + RANK)
-        fade = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1
+        fade = min(1, 2 - 2 * iteration / (args.iters + 1)) if args.decay else 1  # 1 to half-way, then to 0
         optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr * fade, args.d_lr * fade
         k = (iteration - 1) * WORLD + RANK
         x, y = [data.deluxe(data.batch(images, args.batch, k, args.seed + i, device), args.size, args.deluxe)
@@ -317,7 +317,7 @@ def translate(args, checkpoint):
         height, width = image.shape[2:]
         padded = F.pad(image, (0, -width % 4, 0, -height % 4), mode="replicate")  # G halves sides twice
         result = G(padded.to(device))[:, :, :height, :width]
-        path = data.unused(folder / data.shorten(Path(name).stem), ".png")  # another folder may have the name
+        path = data.unused(folder / data.shorten(Path(name).stem), ".png")  # two inputs may share it
         with data.mendable(f"can't write {path}", OSError):
             data.save_png(data.to_pillow(result), path)
     data.say(str(folder))

@@ -86,7 +86,7 @@ def find_images(source, held_out=False):
             files = sorted(walk(path if path.is_dir() else zipfile.Path(path), set()), key=str)
     images = [file for file in files if Path(file.name).suffix.lower() in READABLE]
     real = [file for file in images if not is_ours(file)]
-    if not real and images == files:  # all that is there is ours: it is meant
+    if not real and images == files:  # nothing else is there: it is meant
         real = images
     kinds = " ".join(sorted({Path(file.name).suffix.lower() or "no suffix" for file in files} - READABLE))
     for more, less, what in ((files, images, f"files ({kinds})"), (images, real, f"pictures {MARK}")):
@@ -129,12 +129,12 @@ def load_images(source, size, limit=None):
 def permutation(n, seed, epoch, device):
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).to(device)
 
-def batch(images, size, k, seed, device):
-    """Slice k = 0, 1, ... of an endless stream of permutations, by the seed: uint8 [size, 3, L, L]."""
-    n, start = len(images), k * size % len(images)
-    epochs = range(k * size // n, ((k + 1) * size - 1) // n + 1)
+def batch(images, count, k, seed, device):
+    """Slice k = 0, 1, ... of an endless stream of permutations, by the seed: uint8 [count, 3, L, L]."""
+    n, start = len(images), k * count % len(images)
+    epochs = range(k * count // n, ((k + 1) * count - 1) // n + 1)
     order = torch.cat([permutation(n, seed, epoch, images.device) for epoch in epochs])
-    return images[order[start:start + size]].to(device, non_blocking=True)
+    return images[order[start:start + count]].to(device, non_blocking=True)
 
 # ---- "Deluxe": augmentation of the real images only, float [B, 3, L, L] in [0, 1] ----
 def flip(x, size):
@@ -296,7 +296,7 @@ class BadInput(Exception):
 
 @contextmanager
 def mendable(what, kind=Exception, fatal=True):
-    """An error in the block becomes BadInput, or is only told."""
+    """An error in the block becomes BadInput, or with fatal=False a line on stderr."""
     try:
         yield
     except kind as error:
@@ -409,7 +409,7 @@ def parse(parser, argv, program, apply):
     run = args.resume or getattr(args, apply)
     if run:
         checkpoint = load_checkpoint(run, program)
-        places = "out", "resume", "sample", "translate", "input", "device"  # not for a stranger to say
+        places = "out", "resume", "sample", "translate", "input", "device"  # these no stranger may set
         parser.set_defaults(**{k: v for k, v in checkpoint["options"].items() if k not in places})
         args = parser.parse_args(argv)  # again: what is typed wins
     plain_deluxe(args)

@@ -9,7 +9,7 @@ Two networks play against each other. The generator G turns noise z into an imag
 discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
 scores 1. Nobody ever tells G what a cat is.
 
-Not as Radford et al. had them: G doubles the size by copying pixels. The noise steers each of its
+Unlike Radford et al.: G doubles the size by copying pixels. The noise steers each of its
 norms, and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a
 batch varies, and its gradient is clipped. Samples come from a running average of G. The flags
 closest to the paper are in assets/experiments.md.
@@ -80,7 +80,7 @@ class Generator(nn.Sequential):
         layers += [*norm_layers(norm, channels, z, side), activation]
         while side < size:
             side *= 2
-            inputs, channels = channels, min(8 * width, width * size // side // 2)
+            inputs, channels = channels, min(8 * width, width * size // side // 2)  # at full size width / 2
             if up == "transpose":
                 layers += [nn.ConvTranspose2d(inputs, channels, 4, stride=2, padding=1, bias=bias)]
             else:  # pixels doubled first: no checkerboard to start from (Odena et al. 2016)
@@ -101,9 +101,9 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): convolutions see 70 x 70 pixels, at 64 px 34, at 32 px 16.
+    patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34, at 32 px 16.
     spectral=True divides the weight matrices, but the last, by their largest singular values (Miyato et al.
-    2018). That limits, up to a factor, how steeply what the last layer gets can change."""
+    2018). That limits, up to a factor, how steeply the last layer's input can change."""
 
     def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=False):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
@@ -141,8 +141,8 @@ def d_losses(D, real, fake, score_real, score_fake, args):
     target = diffaug.uniform(score_real, *args.smooth)  # 1, or one-sided smoothing (Salimans et al. 2016)
     if args.loss == "lsgan":  # Mao et al. 2017, equation 9, doubled
         return {"D_real": ((score_real - target) ** 2).mean(), "D_fake": (score_fake ** 2).mean()}
-    if args.loss == "vanilla":  # Goodfellow et al. 2014: -t log D(x) - (1 - t) log(1 - D(x)), D a sigmoid
-        return {"D_real": (F.softplus(score_real) - target * score_real).mean(),
+    if args.loss == "vanilla":  # Goodfellow et al. 2014: the score's sigmoid is a probability
+        return {"D_real": F.binary_cross_entropy_with_logits(score_real, target.expand_as(score_real)),
                 "D_fake": F.softplus(score_fake).mean()}
     losses = {"D_real": -score_real.mean(), "D_fake": score_fake.mean()}  # Arjovsky et al. 2017
     if args.loss == "wgan-gp":
@@ -215,8 +215,8 @@ def average_over_processes(tensors):
 
 # ---- The loop ----
 def setup(args):
-    """-> the device, and a context in which networks compute in bf16, if the hardware does."""
-    torch.empty(33_000_000, dtype=torch.uint8)  # from now on Linux lets us keep freed memory: 10 % faster
+    """-> the device, and a context in which networks compute in bf16 or float32, as --dtype says."""
+    torch.empty(33_000_000, dtype=torch.uint8)  # freed at once: Linux then lets us keep memory, 10 % faster
     with data.mendable(f"--device {args.device} (any computer has --device cpu)"):
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.device(found if args.device == "auto" else args.device)
@@ -239,7 +239,7 @@ def optimizer(net, rate, loss):
     return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
 
 def floats(*nets):
-    """Their weights, and the running statistics of their norms."""
+    """Weights, patterns, running statistics: all values that are not counts."""
     return [value for net in nets for value in net.state_dict().values() if value.is_floating_point()]
 
 def average(ema_values, G_values, decay, iteration):
@@ -265,10 +265,10 @@ def train(args, checkpoint):
     if args.hold_out:
         if not args.batch <= args.hold_out <= len(images) // 2:
             raise data.BadInput(f"--hold-out: at least --batch, at most half of {len(images)} images")
-        if vars(args).setdefault("images", len(images)) != len(images):  # saved with the options
+        if vars(args).setdefault("images", len(images)) != len(images):  # in the checkpoint, too
             raise data.BadInput("--hold-out: the images have changed since the run began")
         images, unseen = hold_out(images, args.hold_out)
-        _, trained = hold_out(images, args.hold_out)  # spread as evenly
+        _, trained = hold_out(images, args.hold_out)  # as many that it trains on
         trained, unseen = [some.to(device) / 127.5 - 1 for some in (trained, unseen)]
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info()[0] / 3:
         images = images.to(device)  # a larger set stays on the CPU
@@ -281,7 +281,7 @@ def train(args, checkpoint):
     iteration, rows, recent = 0, [], {}  # rows of the log, and the losses since the last row
     if checkpoint:
         data.restore(parts, checkpoint)
-        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr
+        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr  # may be new
         iteration, rows = checkpoint["iteration"], checkpoint["rows"]
         recent = {name: [value.to(device) for value in old] for name, old in checkpoint["recent"].items()}
     ema_values, G_values = floats(ema), floats(G)
@@ -291,7 +291,7 @@ def train(args, checkpoint):
              f"deluxe {args.deluxe or 'none'}, diffaug {args.diffaug or 'none'}")
 
     signals, stop = data.catch_signals(), False
-    first, start = iteration, time.perf_counter()  # of the rows to come, for images/s
+    first, start = iteration, time.perf_counter()  # where a row of the log begins: for images/s
     rng = torch.default_generator if device.type == "cpu" else torch.get_device_module(device)
     while iteration < args.iters and not stop:
         iteration += 1

@@ -12,10 +12,6 @@ def uniform(x, low, high):
     """One number per image, from U(low, high): [B, 1, 1, 1]."""
     return x.new_empty(len(x), 1, 1, 1).uniform_(low, high)
 
-def integers(x, low, high):
-    """One integer per image, from low to high, both included: int64 [B, 1]."""
-    return torch.randint(low, high + 1, (len(x), 1), device=x.device)
-
 def brightness(x):
     return x + uniform(x, -0.5, 0.5)
 
@@ -28,7 +24,8 @@ def contrast(x):
 def window(x, size):
     """A window of size x size pixels, at a random place in each image: [B, C, size, size]."""
     B, C, side, _ = x.shape
-    rows, columns = [torch.arange(size, device=x.device) + integers(x, 0, side - size) for _ in range(2)]
+    starts = torch.randint(side - size + 1, (2, B, 1), device=x.device)
+    rows, columns = torch.arange(size, device=x.device) + starts  # each [B, size]
     pixels = rows[:, :, None] * side + columns[:, None, :]  # [B, size, size]: where in the flat image
     return x.flatten(2).gather(2, pixels.view(B, 1, -1).expand(-1, C, -1)).view(B, C, size, size)
 
@@ -38,15 +35,11 @@ def translation(x):
     return window(F.pad(x, [int(0.125 * size + 0.5)] * 4), size)
 
 def cutout(x):
-    """Set a square of half the side to 0. Its centre may be any pixel: a part can lie outside the image."""
+    """Set a square of half the side to 0. Up to half of its height and width can lie outside the image."""
     size = x.shape[-1]
     hole = int(0.5 * size + 0.5)
-    def inside():  # of each row, or each column, whether it meets the square: [B, size]
-        # The centre of an even square is a corner between pixels. There is one more of these than pixels.
-        start = integers(x, 0, size - hole % 2) - hole // 2
-        place = torch.arange(size, device=x.device) - start
-        return (place >= 0) & (place < hole)
-    return x * ~(inside()[:, None, :, None] & inside()[:, None, None, :])
+    mask = F.pad(x.new_zeros(len(x), 1, hole, hole), [size - (hole + 1) // 2] * 4, value=1)
+    return x * window(mask, size)
 
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}
 
