@@ -5,14 +5,14 @@
     python cyclegan.py --resume RUN                           # after a stop, or with more --iters
     python cyclegan.py --translate RUN --input FOLDER --to Y  # pictures of any size, or one
 
-Two games as in dcgan.py, with pictures in place of noise. G_XY turns pictures of X into what D_Y takes
-for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy one. The
-cycle ties the two together: from the translation, G_YX must restore the original. What dcgan.py
-has too is explained there.
+Two games as in dcgan.py, with pictures in place of noise. G_XY turns pictures of X into what
+D_Y takes for Y. G_YX goes the other way. On its own, G_XY may turn any blue cat into any grumpy
+one. The cycle ties the two together: from the translation, G_YX must restore the original. What
+dcgan.py has too is explained there.
 
-Unlike Zhu et al.: G doubles the size by copying pixels, and is smaller below 256 px. No
-norm stands next to an image. D has no norm, and its gradient is clipped. Samples come from a
-running average of each G. The flags closest to the paper are in assets/experiments.md.
+Unlike Zhu et al.: G doubles the size by copying pixels, and is smaller below 256 px. No norm
+stands next to an image. D has no norm, and its gradient is clipped. Samples come from a running
+average of each G. The flags closest to the paper are in assets/experiments.md.
 """
 import copy
 import math

@@ -9,10 +9,10 @@ Two networks play against each other. The generator G turns noise z into an imag
 discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
 scores 1. Nobody ever tells G what a cat is.
 
-Unlike Radford et al.: G doubles the size by copying pixels. The noise steers each of its
-norms, and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a
-batch varies, and its gradient is clipped. Samples come from a running average of G. The flags
-closest to the paper are in assets/experiments.md.
+Unlike Radford et al.: G doubles the size by copying pixels. The noise steers each of its norms,
+and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a batch
+varies, and its gradient is clipped. Samples come from a running average of G. The flags closest
+to the paper are in assets/experiments.md.
 """
 import argparse
 import copy
