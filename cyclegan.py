@@ -95,7 +95,7 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers)
         init_weights(self)
         if spectral:
-            for layer in layers[:-1]:  # not the last, or D can't score 1 and 0
+            for layer in layers[:-1]:  # not the last, or scores stay near 0.5
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
 
@@ -333,7 +333,7 @@ def options(argv=None):
     arg("--width", type=int, default=32, help="channels of the first layer (32)")
     arg("--blocks", type=int, help="residual blocks of G: more for larger changes (3; at 256 px 9)")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
-    arg("--spectral-norm", action="store_true", help="in both D: calms losses that jump")
+    arg("--spectral-norm", action="store_true", help="in both D: limits how steeply they respond")
     arg = parser.add_argument_group("training").add_argument
     arg("--cycle", nargs="?", const="l1", default="none", choices=("l1", "l2", "none"),
         help="a translation must lead back to its original (alone: l1)")

@@ -34,7 +34,7 @@ from data import RANK, WORLD
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
     Then each adds its share of one fixed pattern of random pixels, to make fur of: without it G drew contour
-    lines. Karras et al. 2019 draw the pattern anew for each image: that was worse here.
+    lines. Karras et al. 2019 draw the pattern anew for each image: worse in our run.
     x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side]."""
 
     def __init__(self, channels, z, side):
@@ -124,7 +124,7 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers)
         init_weights(self)
         if spectral:
-            for layer in layers[:-1]:  # not the last, or D can't score 1 and 0
+            for layer in layers[:-1]:  # not the last, or scores stay near 0.5
                 if isinstance(layer, nn.Conv2d):
                     nn.utils.parametrizations.spectral_norm(layer)
 
@@ -395,7 +395,7 @@ def options(argv=None):
     arg("--norm", choices=("modulated", "batch", "instance", "none"),
         help="norm in G; modulated: batch norm, scaled and shifted by z (modulated; --selu: none)")
     arg("--d-norm", choices=("batch", "instance", "none"), help="norm in D (none; wgan: batch)")
-    arg("--spectral-norm", action="store_true", help="on D's weights: calms losses that jump")
+    arg("--spectral-norm", action="store_true", help="on D's weights: limits how steeply D responds")
     arg("--patch", action="store_true", help="D scores overlapping patches: texture more than shape")
     arg("--selu", action="store_true", help="SELU in place of norms and ReLU, in both networks")
     arg("--minibatch-std", action=argparse.BooleanOptionalAction,
