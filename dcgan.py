@@ -101,7 +101,7 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
-    patch=True is a PatchGAN (Isola et al. 2017): a score sees 70 x 70 pixels, at 64 px 34, at 32 px 16.
+    patch=True is a PatchGAN (Isola et al. 2017): convolutions see 70 x 70 pixels, at 64 px 34, at 32 px 16.
     spectral=True divides the weight matrices, but the last, by their largest singular values (Miyato et al.
     2018). That limits, up to a factor, how steeply the last layer's input can change."""
 

@@ -9,7 +9,7 @@ import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}  # of started programs too
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.path.dirname(__file__)}  # tiny networks: fast
 import pytest
 import torch
 import torch.nn as nn
@@ -105,7 +105,8 @@ def test_layers_are_added_as_the_size_doubles_with_at_most_8_times_the_width(siz
     channels = [min(16, size // side) for side in (4, 8, 16, 32, 64, 128, 256) if side <= size]
     assert [layer.num_features for layer in G if isinstance(layer, dcgan.Modulated)] == channels
     assert [weight.shape[0] for weight in D.parameters() if weight.dim() == 4] == [*channels[-2::-1], 1]
-    assert sum(p.numel() for p in cyclegan.Discriminator(256, 64, patch=True).parameters()) == 2_764_737
+    nets = cyclegan.Generator(256, 64, blocks=9), cyclegan.Discriminator(256, 64, patch=True)  # the paper's
+    assert [sum(p.numel() for p in net.parameters()) for net in nets] == [11_378_179, 2_764_737]
 
 @both
 @pytest.mark.parametrize("size, field", [(32, 16), (64, 34), (128, 70), (256, 70)])
@@ -304,18 +305,18 @@ def test_load_images_from_folder_and_zip(monkeypatch, capfd):
     data.save_gif([half], "in/walk.gif", 60)
     zipfile.main(["-c", "all.zip", "in"])
     Path("linked/lost+found").mkdir(parents=True)
-    Path("linked/folder").symlink_to("../in")
-    Path("linked/.folder").symlink_to("../in")
-    Path("in/deep/back").symlink_to("../../linked")
-    Path("in/gone.png").symlink_to("nowhere")
+    for link, target in (("linked/folder", "../in"), ("linked/.folder", "../in"), ("in/gone.png", "nowhere"),
+                         ("in/deep/back", "../../linked")):
+        Path(link).symlink_to(target)
     listed = Path.iterdir  # of a disk, only the administrator may list lost+found
     monkeypatch.setattr(Path, "iterdir", lambda path: listed(path / "0" if path.match("lost*") else path))
-    for source, *words in ("in", "2 of 4", "gone.png: No"), ("all.zip", "1 of 3"), ("linked", "found: No"):
+    folder = "2 of 4", "gone.png: No such file", "lost+found: No such file"
+    for source, words in ("in", folder), ("linked", folder), ("all.zip", ["1 of 3"]):
         (a, b), told = data.load_images(source, 16), capfd.readouterr().err
         assert a[1].min() > 240 and a[::2, :7].max() < 15 and a[:, 9:].min() > 240
         assert b[:, 0].min() > 240 and b[:, 15].max() < 15
-        words += "broken.png", "left out 3 files (.heic .txt)", "left out 2 pictures made by"
-        assert all(part in told for part in words), told
+        for part in (*words, "broken.png", "left out 3 files (.heic .txt)", "left out 2 pictures made by"):
+            assert part in told
     assert len(data.load_images("in/preview.png", 16)) == 1  # where nothing else is, it is meant
 
 def test_pictures_are_decoded_only_a_little_ahead():
@@ -516,7 +517,7 @@ def test_what_is_for_show_ends_no_run_and_comes_after_the_checkpoint(monkeypatch
     assert Path("run/log.csv").read_text() == "iteration,G,D(real)\n1,0.5,1\n2,0.4,\n"
 
 @pytest.mark.parametrize("sink", ["> /dev/full"] * os.path.exists("/dev/full") + [">&-", "| true"])
-def test_a_run_whose_output_nobody_can_take_goes_on(sink):
+def test_a_run_whose_output_nobody_can_take_goes_on(sink):  # true closes the pipe
     line = f"'{sys.executable}' '{HERE}/dcgan.py' {' '.join(command(dcgan))} {sink}"
     env = os.environ | {"RANK": "1", "WORLD_SIZE": "3"}  # not torchrun's: this is one process
     ended = subprocess.run(["bash", "-o", "pipefail", "-c", line], stderr=subprocess.PIPE, text=True, env=env)
@@ -550,23 +551,23 @@ def test_names_are_cut_and_shown_on_any_terminal_and_places_are_for_the_user_to_
 def test_a_mistake_in_the_code_keeps_its_traceback(error, end):
     with pytest.raises(end), data.one_line_errors():
         raise error
-BAD_INPUT = """cyclegan --cycle --lambda-cycle nan: --lambda-cycle | dcgan --resume run --out new: leave --out
-dcgan --data run/samples --out newer.zip/new: can't make | cyclegan --X run/samples --Y nowhere: nowhere is no
-dcgan --data run/samples --width 60000: lower --size | dcgan --data empty: no usable image in empty
-cyclegan --translate nowhere --input empty: no checkpoint | dcgan --loss wgan-gp --minibatch-std: image alone
-cyclegan --resume run: no run of this cyclegan.py | dcgan --data run/samples --out run: another --out
-cyclegan --lambda-cycle 3: needs --cycle | dcgan --device cuda:99: --device cuda:99 | dcgan --out=: empty path
-dcgan --data broken/ckpt.pt: whole .zip | dcgan --data run: no usable image in run | dcgan --data=: empty path
-dcgan --resume run --width 8: width | dcgan --device xla: --device xla | dcgan --width 1: --width and --z 2
-dcgan --diffaug colour: 'colour' among color, | data preview --diffaug run: a folder goes first
-dcgan --resume changed --iters 9: does not fit | cyclegan --batch 0: at least 1 | dcgan --resume=: empty path
-dcgan --data run/samples --hold-out 1: --hold-out | dcgan --sample=: empty path | dcgan --g-target 9: -1 to 2
-cyclegan --blocks -1: --blocks | dcgan --resume broken: damaged | dcgan --resume nowhere: no checkpoint
-dcgan --loss wgan-gp --d-norm batch: --d-norm | dcgan --g-lr nan: between 0 and 1 | data preview : empty path
-dcgan --data newer.zip: whole .zip | dcgan --sample run --hold-out 9: hold_out | cyclegan --pool 3: --pool
-dcgan --sample changed: does not fit | dcgan --smooth 0.9 0.2: LO <= HI | cyclegan --deluxe flip,: no '' among
-dcgan --data nowhere: nowhere is no | dcgan --resume folder: directory | data fetch apple2orange: choose from
-dcgan --device gpu: device gpu | cyclegan --X run/samples: and --Y | cyclegan --input empty: go together"""
+BAD_INPUT = """dcgan --data run/samples --out run: another --out | dcgan --data run: no usable image in run
+dcgan --data run/samples --hold-out 1: --hold-out | cyclegan --X run/samples --Y nowhere: nowhere is no
+dcgan --data run/samples --out newer.zip/new: can't make | dcgan --loss wgan-gp --minibatch-std: image alone
+dcgan --resume changed --iters 9: does not fit | cyclegan --resume run: no run of this cyclegan.py
+dcgan --data run/samples --width 60000: lower --size | cyclegan --cycle --lambda-cycle nan: --lambda-cycle
+dcgan --diffaug colour: 'colour' among color, | cyclegan --input empty: go together | dcgan --out=: empty path
+dcgan --device cuda:99: --device cuda:99 | cyclegan --X run/samples: --X and --Y | dcgan --g-target 9: -1 to 2
+dcgan --loss wgan-gp --d-norm batch: --d-norm | dcgan --data newer.zip: whole .zip | data preview : empty path
+dcgan --data broken/ckpt.pt: whole .zip | dcgan --smooth 0.9 0.2: LO <= HI | dcgan --device gpu: --device gpu
+dcgan --data nowhere: nowhere is no | dcgan --data empty: no usable image in empty | dcgan --data=: empty path
+cyclegan --lambda-cycle 3: needs --cycle | dcgan --resume nowhere: no checkpoint | cyclegan --pool 3: --pool
+dcgan --sample changed: does not fit | dcgan --width 1: --width and --z 2 | dcgan --device xla: --device xla
+dcgan --sample run --hold-out 9: hold_out | dcgan --resume run --width 8: width | dcgan --resume=: empty path
+dcgan --g-lr nan: between 0 and 1 | dcgan --resume run --out new: leave --out | cyclegan --batch 0: at least 1
+dcgan --resume folder: directory | cyclegan --deluxe flip,: no '' among | data fetch apple2orange: choose from
+dcgan --sample=: empty path | cyclegan --blocks -1: --blocks | dcgan --resume broken: damaged
+cyclegan --translate nowhere --input empty: no checkpoint | data preview --diffaug run: a folder goes first"""
 
 @pytest.mark.parametrize("case", re.split(r"\n| \| ", BAD_INPUT.strip("\n")))
 def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
@@ -683,10 +684,10 @@ def test_cyclegan_loop_hands_each_part_its_own(monkeypatch):
 
 @pytest.mark.parametrize("to, name", [("X", "ema_YX"), ("Y", "ema_XY")])
 def test_translations_have_the_names_and_proportions_of_their_inputs(to, name):
-    inputs = {"s/été 1.png": Image.new("RGB", (300, 101), "red"), "./s/été 1.gif": Image.new("L", (30, 90)),
-              "ä" * 150 + "a.png": Image.new("L", (50, 50)), "ä" * 150 + "b.png": Image.new("L", (50, 50))}
+    four = {"s/été 1.png": Image.new("RGB", (300, 101), "red"), "./s/été 1.gif": Image.new("L", (30, 90)),
+            "ä" * 150 + "a.png": Image.new("L", (50, 50)), "ä" * 150 + "b.png": Image.new("L", (50, 50))}
     with zipfile.ZipFile("photos.zip", "w") as archive:
-        for path, picture in inputs.items():
+        for path, picture in four.items():
             with archive.open(path, "w") as file:
                 picture.save(file, path[-3:])
     G = load(train(cyclegan, "--g-lr 0.1"), name)
@@ -696,8 +697,7 @@ def test_translations_have_the_names_and_proportions_of_their_inputs(to, name):
     assert len(results) == 4 and len(files(f"run/translated_to_{to}-2")) == 16
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 32, 96)  # padded with its own border
     assert results["été 1.png"].shape[2:] == (96, 32) and alike(results["été 1-2.png"], G(red)[..., :95])
-SPY = """
-import sys, torch, {0}
+SPY = """import sys, torch, {0}
 def spy(*args, step={0}.step):
     losses = step(*args)
     images = next(part for part in args if isinstance(part, torch.Tensor))
