@@ -65,8 +65,7 @@ def reference(name, act, norm):  # the networks of width 4, layer by layer; in d
     conv, turned, double, pad = nn.Conv2d, nn.ConvTranspose2d, nn.Upsample(scale_factor=2), nn.ReflectionPad2d
     def layer(a, b, *shape, norm=norm, kind=turned if "transpose" in name else conv):
         return nn.Sequential(kind(a, b, *shape, bias=norm is none or "X" in name), norm(b), act)
-    def block(c):
-        return Block(pad(1), layer(c, c, 3), pad(1), layer(c, c, 3)[:2])
+    block = lambda c: Block(pad(1), layer(c, c, 3), pad(1), layer(c, c, 3)[:2])
     return nn.Sequential(*{
         "G": [layer(5, 16, 4, kind=turned), double, layer(16, 8, 3, 1, 1), double, layer(8, 4, 3, 1, 1),
               double, layer(4, 2, 3, 1, 1), conv(2, 3, 3, 1, 1), nn.Tanh()],
@@ -189,7 +188,7 @@ def test_the_step_of_the_readme_is_the_step():
     args = options("--z 32 --d-norm instance")
     nets, real = dcgan.build(args, CPU), torch.rand(16, 3, 32, 32) * 2 - 1
     G, D = copy.deepcopy(nets)
-    optim_G, optim_D, *optims = [dcgan.optimizer(net, 1e-3, "lsgan") for net in (G, D, *nets)]
+    optim_G, optim_D, *optims = [torch.optim.SGD(net.parameters(), 9.0) for net in (G, D, *nets)]
     for seed in range(2):
         torch.manual_seed(seed)
         dcgan.step(*nets, *optims, real, True, args, nullcontext())
@@ -314,7 +313,7 @@ def test_load_images_from_folder_and_zip(monkeypatch, capfd):
     for source, words in ("in", folder), ("linked", folder), ("all.zip", ["1 of 3"]):
         (a, b), told = data.load_images(source, 16), capfd.readouterr().err
         assert a[1].min() > 240 and a[::2, :7].max() < 15 and a[:, 9:].min() > 240
-        assert b[:, 0].min() > 240 and b[:, 15].max() < 15
+        assert b[:, :8].min() > 228 and b[:, 8:].max() < 27
         for part in (*words, "broken.png", "left out 3 files (.heic .txt)", "left out 2 pictures made by"):
             assert part in told
     assert len(data.load_images("in/preview.png", 16)) == 1  # where nothing else is, it is meant
@@ -335,8 +334,7 @@ def test_drawn_cats_are_pairs_in_two_breeds_and_in_disjoint_sets():
 
 def test_batches_are_epochs_and_never_short():
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2)
-    def batch(k, size=4, seed=1, n=10):
-        return data.batch(images[:n], size, k, seed, CPU)[:, 0, 0, 0].tolist()
+    batch = lambda k, size=4, seed=1, n=10: data.batch(images[:n], size, k, seed, CPU)[:, 0, 0, 0].tolist()
     epochs = torch.tensor([batch(k) for k in range(25)]).view(10, 10)
     assert (epochs.sort(dim=1).values == torch.arange(10)).all() and len(epochs.unique(dim=0)) == 10
     few = batch(0, size=8, n=3)
@@ -383,7 +381,7 @@ def test_what_a_run_does_and_writes(monkeypatch, capfd):
     assert [row[0] for row in rows] == [*"2467"] and {len(row) for row in rows} == {7}
     assert [row[head.index("G")] != "" for row in rows] == [False, True, True, False]  # where it has a step
     saved = data.load_checkpoint(run, "dcgan")
-    assert saved["D"]["0.weight"].abs().max() <= 0.01 and "square_avg" in saved["optim_D"]["state"][0]
+    assert saved["D"]["0.weight"].abs().max() <= 0.01 and "exp_avg" not in str(saved)  # RMSprop in both
     first, *lines = capfd.readouterr().out.splitlines()
     assert re.search("6 images .* 32 px, on cpu, deluxe flip, diffaug translation", first)
     assert all(len(line) <= 120 for line in lines if "images/s" in line)
@@ -391,13 +389,13 @@ def test_what_a_run_does_and_writes(monkeypatch, capfd):
 
 @runs
 def test_a_stopped_run_goes_on_bit_for_bit(program, flags, monkeypatch, capfd):
-    """Seven iterations at once; or Ctrl-C in the third, another device and a power cut in the sixth."""
+    """Seven iterations at once; or a signal in the third, another device and a power cut in the sixth."""
     ended = []
     def interrupted(images, size, k, *rest, batch=data.batch):
         for now in (0, 0.4, 2) if k == 2 and not ended else ():  # notebooks send a signal twice
             patch.setattr(data, "monotonic", lambda: now)
-            os.kill(os.getpid(), signal.SIGINT)
-        assert k < 5, "a power cut"
+            os.kill(os.getpid(), signal.SIGTERM if program is dcgan else signal.SIGINT)
+        assert k < 5 and images.shape[3] == (35 if "zoom" in flags else 32), "a power cut"
         return batch(images, size, k, *rest)
     with monkeypatch.context() as patch:
         patch.setattr(data, "batch", interrupted)
@@ -413,6 +411,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(program, flags, monkeypatch, capfd):
         Path("b/log.csv").unlink()
         with pytest.raises(AssertionError, match="a power cut"):
             train(program, "", "b")
+        assert data.load_checkpoint("b", program.__name__)["iteration"] == 4
     ends = train(program, "", "b"), train(program, f"{flags} --iters 7", "a")
     for end in ends:
         end |= {"program": 0, "options": 0, "rows": [{**row, "images/s": 0} for row in end["rows"]]}
@@ -420,26 +419,28 @@ def test_a_stopped_run_goes_on_bit_for_bit(program, flags, monkeypatch, capfd):
     for file in ("timelapse.gif", *(f"samples/{name}" for name in files("a/samples"))):
         assert Path("a", file).read_bytes() == Path("b", file).read_bytes()
 
-@both
-def test_averages_start_from_networks_of_this_seed_and_images_per_second(program, monkeypatch):
+@pytest.mark.parametrize("program, images", [(dcgan, slice(4, 5)), (cyclegan, slice(6, 8))])
+def test_networks_averages_images_and_noise_follow_from_the_seed(program, images, monkeypatch):
     steps, step = [], program.step
-    monkeypatch.setattr(program, "step", lambda *args: steps.append(1) or step(*args))
+    monkeypatch.setattr(program, "step", lambda *args: steps.append(
+        [torch.rand(5), *(x.mean((1, 2, 3)) for x in args[images])]) or step(*args))
     monkeypatch.setattr(program.time, "perf_counter", lambda: len(steps) / 2)  # a step takes half a second
-    saved = train(program, "--iters 1 --seed 1")
+    train(program, "--iters 1 --batch 5", "other")
+    saved = train(program, "--iters 1 --batch 5 --seed 1")
+    assert all(len(a) == 5 and not torch.equal(a, b) for a, b in zip(*steps))
     torch.manual_seed(1)
     nets = program.build(options("", program), CPU)
     for end, start in zip([""] if program is dcgan else ["_XY", "_YX"], nets):
         for name, weight in start.named_parameters():
-            expected = torch.lerp(weight.detach(), saved["G" + end][name], 1 - 2 / 11)
-            torch.testing.assert_close(saved["ema" + end][name], expected)
+            assert torch.allclose(saved["ema" + end][name], weight.lerp(saved["G" + end][name], 1 - 2 / 11))
     saved = train(program, "--iters 7 --log-every 3")
-    assert [row["images/s"] for row in saved["rows"]] == [8] * 4 and len(files("run/samples")) == 5
+    assert [row["images/s"] for row in saved["rows"]] == [10] * 4 and len(files("run/samples")) == 5
 
 def test_rates_averages_pools_and_what_a_second_stage_is_given_anew():
-    def rates(saved):
-        return [saved[name]["param_groups"][0]["lr"] for name in ("optim_G", "optim_D")]
+    rates = lambda saved: [group["lr"] for name in ("optim_G", "optim_D")
+                           for group in saved[name]["param_groups"] if group["betas"] == (0.5, 0.999)]
     saved = train(dcgan, "--iters 1 --g-lr 1e-5 --d-lr 1e-3 --ema 0 --deluxe --diffaug cutout")
-    assert rates(saved) == [1e-5, 1e-3] and saved["optim_G"]["param_groups"][0]["betas"] == (0.5, 0.999)
+    assert rates(saved) == [1e-5, 1e-3]
     assert torch.equal(saved["ema"]["1.running_mean"], saved["G"]["1.running_mean"])  # and all weights
     train(dcgan, "--iters 3 --g-lr 1e-6 --d-lr 1e-2 --diffaug")
     saved = train(dcgan)  # finished: says so
@@ -469,7 +470,7 @@ def test_hold_out_shows_whether_D_knows_its_images_by_heart(monkeypatch):
     scores = [row[f"D({name})"] for name in ("real", "trained", "unseen", "generated")]
     assert scores == pytest.approx([0.5, 1, 0, 0], abs=1e-6)  # real: two of a batch of four
     assert dcgan.score_as_they_are(lambda x: 0 * x[:, 0, 0, 0] + len(x), torch.zeros(50, 3, 32, 32),
-                                   options("--batch 16")) == pytest.approx(16.68)  # 17, 17, 16: none of 2
+                                   options("--batch 12")) == pytest.approx(12.52)  # 13, 13, 12, 12: none of 2
 
 @pytest.mark.parametrize("part", ["losses['D_fake']", "G[0].weight.data", "G[1].running_var"])
 def test_what_is_not_finite_stops_the_run_before_a_checkpoint(part, monkeypatch):
@@ -590,14 +591,14 @@ def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
     assert words in error and before == {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
 
 def test_samples_are_of_the_averaged_network_and_walk_on_the_sphere():
-    saved, png = train(dcgan, "--z 5 --g-lr .1 --dtype fp32 --batch 3 --hold-out 3"), "run/samples/000002.png"
-    z = torch.randn(64, 5, 1, 1, generator=torch.Generator().manual_seed(0))
+    saved = train(dcgan, "--z 5 --g-lr .1 --dtype fp32 --batch 3 --hold-out 3 --seed 2")
+    z, png = torch.randn(64, 5, 1, 1, generator=torch.Generator().manual_seed(2)), "run/samples/000002.png"
     for name, shown in (("ema", True), ("G", False)):
         images = load(saved, name)(z)
         assert alike(pixels(png, 0, 0), images[0]) == alike(pixels(png, 1, 1), images[9]) == shown
-    for source in ("cats", "cats/0.png"):  # also without the training images; and nothing is overwritten
+    for source in ("cats", "cats/0.png --out few"):  # also without the training images
         dcgan.sample(*dcgan.options(f"--sample run --n 10 --seed 3 --data {source}".split()))
-    assert files("run/generated-2") == ["grid.png", "images", "walk.gif", "walk.png"]
+    assert files("few") == ["grid.png", "images", "walk.gif", "walk.png"]
     assert files("run/generated") == ["grid.png", "images", "nearest.png", "walk.gif", "walk.png"]
     sizes = [Image.open(f"run/generated/{name}").size for name in ("grid.png", "nearest.png", "walk.gif")]
     assert sizes == [(8 * 34 + 2, 2 * 34 + 2), (8 * 34 + 2, 2 * 66 + 2), (6 * 34 + 2, 36)]
@@ -664,11 +665,10 @@ def test_cyclegan_loop_hands_each_part_its_own(monkeypatch):
     monkeypatch.setitem(data.DELUXE, "crop", lambda x, size: x[:, :, 2:34, 2:34])  # the middle
     seen, sets, step = [], ("toy-blue", "toy-grumpy"), cyclegan.step
     monkeypatch.setattr(cyclegan, "step", lambda *args: seen.append(args[6:8]) or step(*args))
-    saved = train(cyclegan, "--X toy-blue --Y toy-grumpy --ema 0 --deluxe crop")
+    saved = train(cyclegan, "--X toy-blue --Y toy-grumpy --g-lr .1 --deluxe crop")
     torch.manual_seed(0)
     for name, start in zip(("G_XY", "G_YX", "D_X", "D_Y"), cyclegan.build(options("", cyclegan), CPU)):
         assert not same(saved[name], start.state_dict())  # all are trained
-    assert same(saved["G_XY"], saved["ema_XY"]) and same(saved["G_YX"], saved["ema_YX"])  # without memory
     known = [data.load_images(name, 35)[:, :, 2:34, 2:34] / 127.5 - 1 for name in sets]
     found = [torch.isclose(torch.cat(images)[:, None], cats, atol=1e-5).flatten(2).all(2)
              for images, cats in zip(zip(*seen), known)]
@@ -691,10 +691,10 @@ def test_translations_have_the_names_and_proportions_of_their_inputs(to, name):
             with archive.open(path, "w") as file:
                 picture.save(file, path[-3:])
     G = load(train(cyclegan, "--g-lr 0.1"), name)
-    for source in ("photos.zip", "toy-blue"):
+    for source in ("photos.zip", "toy-blue --out blue"):
         cyclegan.translate(*cyclegan.options(f"--translate run --input {source} --to {to}".split()))
     results = {path.name: pixels(path) for path in Path(f"run/translated_to_{to}").iterdir()}
-    assert len(results) == 4 and len(files(f"run/translated_to_{to}-2")) == 16
+    assert len(results) == 4 and len(files("blue")) == 16
     red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 32, 96)  # padded with its own border
     assert results["été 1.png"].shape[2:] == (96, 32) and alike(results["été 1-2.png"], G(red)[..., :95])
 SPY = """import sys, torch, {0}
