@@ -174,7 +174,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     Returns losses and scores by name: tensors, as .item() would wait for the device."""
     z = torch.randn(len(real), args.z, 1, 1, device=real.device)
     with autocast:
-        fake = G(z).float()  # once for D's step and G's; losses and augmentation are in float32
+        fake = G(z)  # once for D's step and G's. Pixels, augmentation and losses are in float32
 
     # Train D. detach: D's loss must not reach G. Real and fake apart: no norm may mix their statistics.
     D.requires_grad_(True)
