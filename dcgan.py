@@ -11,8 +11,8 @@ scores 1. Nobody ever tells G what a cat is.
 
 Unlike Radford et al.: G doubles the size by copying pixels. The noise steers each of its norms,
 and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a batch
-varies, and its gradient is clipped. Samples come from a running average of G. The flags closest
-to the paper are in assets/experiments.md.
+varies, and its gradient is clipped. Adam has no momentum. Samples come from a running average
+of G. The flags closest to the paper are in assets/experiments.md.
 """
 import argparse
 import copy
@@ -233,10 +233,10 @@ def setup(args):
     bf16 = args.dtype == "bf16" or (args.dtype == "auto" and bf16)
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
-def optimizer(net, rate, loss):
-    if loss == "wgan":  # momentum harms a D with clipped weights (Arjovsky et al. 2017)
+def optimizer(net, rate, args):
+    if args.loss == "wgan":  # momentum harms a D with clipped weights (Arjovsky et al. 2017)
         return torch.optim.RMSprop(net.parameters(), rate)
-    return torch.optim.Adam(net.parameters(), rate, betas=(0.5, 0.999), fused=True)
+    return torch.optim.Adam(net.parameters(), rate, betas=(args.beta1, 0.999), fused=True)
 
 def floats(*nets):
     """Weights, patterns, running statistics: all values that are not counts."""
@@ -276,12 +276,13 @@ def train(args, checkpoint):
     torch.manual_seed(args.seed)
     G, D = build(args, device)
     ema = copy.deepcopy(G).eval().requires_grad_(False)  # the averaged generator, which draws all samples
-    optim_G, optim_D = optimizer(G, args.g_lr, args.loss), optimizer(D, args.d_lr, args.loss)
+    optim_G, optim_D = optimizer(G, args.g_lr, args), optimizer(D, args.d_lr, args)
     parts = {"G": G, "D": D, "ema": ema, "optim_G": optim_G, "optim_D": optim_D}
     iteration, rows, recent = 0, [], {}  # rows of the log, and the losses since the last row
     if checkpoint:
         data.restore(parts, checkpoint)
-        optim_G.param_groups[0]["lr"], optim_D.param_groups[0]["lr"] = args.g_lr, args.d_lr  # may be new
+        for optim in optim_G, optim_D:
+            optim.param_groups[0].update(optim.defaults)  # --g-lr, --d-lr and --beta1 may be new
         iteration, rows = checkpoint["iteration"], checkpoint["rows"]
         recent = {name: [value.to(device) for value in old] for name, old in checkpoint["recent"].items()}
     ema_values, G_values = floats(ema), floats(G)
@@ -373,10 +374,8 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
         data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
-        with data.mendable("no nearest.png", data.BadInput, fatal=False):
+        with data.mendable("no nearest.png", fatal=False):  # the images may be gone
             images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
-            if not len(images):
-                raise data.BadInput("all images are held out")
             pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
             data.save_png(data.to_pillow(pairs), folder / "nearest.png")
 
@@ -409,6 +408,7 @@ def options(argv=None):
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
+    arg("--beta1", type=float, default=0.0, help="momentum of Adam; Radford et al. have 0.5 (0)")
     arg("--batch", type=int, default=16, help="images per iteration and process (16)")
     arg("--iters", type=int, default=6400, help="iterations: steps of D (6400)")
     arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
@@ -428,8 +428,8 @@ def options(argv=None):
                fixed="size width z up norm d_norm spectral_norm patch selu minibatch_std loss hold_out")
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
-    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2):
-        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2")
+    if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2 and 0 <= args.beta1 < 1):
+        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2, --beta1 0 to 1")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.minibatch_std):
         parser.error("wgan-gp scores each image alone: no --d-norm batch, no --minibatch-std")
     return args, checkpoint
