@@ -212,7 +212,7 @@ def floats(*nets):
     return [value for net in nets for value in net.state_dict().values()]
 
 def average(ema_values, G_values, decay, iteration):
-    """Move the averaged generators towards G, at first fast, to forget the random start."""
+    """Move both averages towards G. They span a tenth of all iterations so far, at most 1 / (1 - decay)."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
 
 def train(args, checkpoint):

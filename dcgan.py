@@ -11,8 +11,8 @@ scores 1. Nobody ever tells G what a cat is.
 
 Unlike Radford et al.: G doubles the size by copying pixels. The noise steers each of its norms,
 and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a batch
-varies, and its gradient is clipped. Adam has no momentum. Samples come from a running average
-of G. The flags closest to the paper are in assets/experiments.md.
+varies, and its gradient is clipped. Samples come from a running average of G. The flags closest
+to the paper are in assets/experiments.md.
 """
 import argparse
 import copy
@@ -243,7 +243,7 @@ def floats(*nets):
     return [value for net in nets for value in net.state_dict().values() if value.is_floating_point()]
 
 def average(ema_values, G_values, decay, iteration):
-    """Move the average towards G, at first fast, to forget the random start."""
+    """Move the average towards G. It spans a tenth of all iterations so far, at most 1 / (1 - decay)."""
     torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
 
 def hold_out(images, n):
@@ -374,7 +374,7 @@ def sample(args, checkpoint):
         data.save_png(data.to_pillow(torch.stack(walk[::2], dim=1).flatten(0, 1)), folder / "walk.png")
         data.save_gif([data.to_pillow(row) for row in walk], folder / "walk.gif", 100)
         data.say(f"{folder}: images, grid.png, walk.gif, walk.png")
-        with data.mendable("no nearest.png", fatal=False):  # the images may be gone
+        with data.mendable("no nearest.png", (data.BadInput, IndexError), fatal=False):  # images may be gone
             images, _ = hold_out(data.load_images(args.data, args.size), args.hold_out)
             pairs = torch.cat([fakes, nearest(fakes, images)], dim=2)
             data.save_png(data.to_pillow(pairs), folder / "nearest.png")
@@ -408,7 +408,7 @@ def options(argv=None):
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
-    arg("--beta1", type=float, default=0.0, help="momentum of Adam; Radford et al. have 0.5 (0)")
+    arg("--beta1", type=float, default=0.5, help="momentum of Adam; StyleGAN has 0 (0.5)")
     arg("--batch", type=int, default=16, help="images per iteration and process (16)")
     arg("--iters", type=int, default=6400, help="iterations: steps of D (6400)")
     arg("--ema", type=float, default=0.999, help="decay of the averaged generator; 0: no average (0.999)")
@@ -429,7 +429,7 @@ def options(argv=None):
     if min(args.width - 1, args.z - 1, args.n, args.critic_iters) < 1:
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2 and 0 <= args.beta1 < 1):
-        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2, --beta1 0 to 1")
+        parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2, 0 <= --beta1 < 1")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.minibatch_std):
         parser.error("wgan-gp scores each image alone: no --d-norm batch, no --minibatch-std")
     return args, checkpoint
