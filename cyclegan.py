@@ -127,7 +127,7 @@ class Pool:
         return {"images": self.images}
 
     def load_state_dict(self, state):
-        self.images = state["images"][:self.size]
+        self.images = state["images"]
 
 # ---- One step ----
 def step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast):
