@@ -437,8 +437,8 @@ def test_networks_averages_images_and_noise_follow_from_the_seed(program, ends, 
     assert [row["images/s"] for row in saved["rows"]] == [10] * 4 and len(files("run/samples")) == 5
 
 def test_rates_averages_pools_and_what_a_second_stage_is_given_anew():
-    rates = lambda saved, beta1=0.5: [saved[name]["param_groups"][0]["lr"] for name in ("optim_G", "optim_D")
-                                      if saved[name]["param_groups"][0]["betas"] == (beta1, 0.999)]
+    rates = lambda saved, beta1=0.5: [group["lr"] for name in ("optim_G", "optim_D")
+        for group in saved[name]["param_groups"] if group["betas"] == (beta1, 0.999)]
     saved = train(dcgan, "--iters 1 --g-lr 1e-5 --d-lr 1e-3 --ema 0 --deluxe --diffaug cutout")
     assert rates(saved) == [1e-5, 1e-3]
     assert torch.equal(saved["ema"]["1.running_mean"], saved["G"]["1.running_mean"])  # and all weights
@@ -555,7 +555,8 @@ def test_a_mistake_in_the_code_keeps_its_traceback(error, end):
 BAD_INPUT = """dcgan --data run/samples --out run: another --out | dcgan --data run: no usable image in run
 dcgan --data run/samples --hold-out 1: --hold-out | cyclegan --X run/samples --Y nowhere: nowhere is no
 dcgan --data run/samples --out newer.zip/new: can't make | dcgan --loss wgan-gp --minibatch-std: image alone
-dcgan --resume changed --iters 9: does not fit | cyclegan --resume run: no run of | dcgan --beta1 1: --beta1
+dcgan --resume changed --iters 9: does not fit | cyclegan --resume run: no run of this cyclegan.py
+dcgan --beta1 1: --beta1
 dcgan --data run/samples --width 60000: lower --size | cyclegan --cycle --lambda-cycle nan: --lambda-cycle
 dcgan --diffaug colour: 'colour' among color, | cyclegan --input empty: go together | dcgan --out=: empty path
 dcgan --device cuda:99: --device cuda:99 | cyclegan --X run/samples: --X and --Y | dcgan --g-target 9: -1 to 2
@@ -569,7 +570,6 @@ dcgan --g-lr nan: between 0 and 1 | dcgan --resume run --out new: leave --out | 
 dcgan --resume folder: directory | cyclegan --deluxe flip,: no '' among | data fetch apple2orange: choose from
 dcgan --sample=: empty path | cyclegan --blocks -1: --blocks | dcgan --resume broken: damaged
 cyclegan --translate nowhere --input empty: no checkpoint | data preview --diffaug run: a folder goes first"""
-
 @pytest.mark.parametrize("case", re.split(r"\n| \| ", BAD_INPUT.strip("\n")))
 def test_bad_input_gets_one_line_and_writes_nothing(case, capfd):
     program, line, words = re.fullmatch("(.+?) (.*): (.*)", case).groups()
