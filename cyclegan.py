@@ -211,10 +211,6 @@ def floats(*nets):
     """Weights, and the estimates of spectral norm."""
     return [value for net in nets for value in net.state_dict().values()]
 
-def average(ema_values, G_values, decay, iteration):
-    """Move both averages towards G. They span a tenth of all iterations so far, at most 1 / (1 - decay)."""
-    torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
-
 def train(args, checkpoint):
     device, autocast = setup(args)
     sets = [data.load_images(source, data.load_size(args.size, args.deluxe)) for source in (args.X, args.Y)]
@@ -256,7 +252,8 @@ def train(args, checkpoint):
         x, y = [data.deluxe(data.batch(images, args.batch, k, args.seed + i, device), args.size, args.deluxe)
                 for i, images in enumerate(sets)]
         losses = step(G_XY, G_YX, D_X, D_Y, optim_G, optim_D, x, y, pools, args, autocast)
-        average(ema_values, G_values, args.ema, iteration)
+        # The averages move towards G. They span a tenth of all iterations so far, at most 1 / (1 - --ema).
+        torch._foreach_lerp_(ema_values, G_values, 1 - min(args.ema, (1 + iteration) / (10 + iteration)))
         for name, value in losses.items():
             recent.setdefault(name, []).append(value)
         last = iteration == args.iters

@@ -9,10 +9,9 @@ Two networks play against each other. The generator G turns noise z into an imag
 discriminator D learns to score real images 1 and G's fakes 0. G learns to make fakes that D
 scores 1. Nobody ever tells G what a cat is.
 
-Unlike Radford et al.: G doubles the size by copying pixels. The noise steers each of its norms,
-and a random pattern helps it to make fur. D has no norm, from 128 px on it sees how much a batch
-varies, and its gradient is clipped. Samples come from a running average of G. The flags closest
-to the paper are in assets/experiments.md.
+Unlike Radford et al.: G doubles the size by copying pixels. The noise steers its norms, a random
+pattern helps to make fur. D has no norm, its gradient is clipped, from 128 px on it sees how much
+a batch varies. Samples come from an average of G. assets/experiments.md has the paper's flags.
 """
 import argparse
 import copy
@@ -33,8 +32,7 @@ from data import RANK, WORLD
 # ---- Networks ----
 class Modulated(nn.BatchNorm2d):
     """Batch norm, then the noise scales and shifts each channel: self-modulation (Chen et al. 2019).
-    Then each adds its share of one fixed pattern of random pixels, to make fur of: without it G drew contour
-    lines. Karras et al. 2019 draw the pattern anew for each image: worse in our run.
+    Then each adds its share of random pixels, to make fur of (Karras et al. 2019): here always the same ones.
     x [B, C, side, side], z [B, Z, 1, 1] -> [B, C, side, side]."""
 
     def __init__(self, channels, z, side):
@@ -49,8 +47,7 @@ class Modulated(nn.BatchNorm2d):
         return x + (self.share * self.pattern).to(x.dtype)
 
 class MinibatchStd(nn.Module):
-    """[B, C, H, W] -> [B, C + 1, H, W]: append the standard deviation over the batch, averaged over all else
-    (Karras et al. 2018). It shows D when G repeats itself."""
+    """[B, C, H, W] -> [B, C + 1, H, W]: adds how much the batch varies (Karras et al. 2018)."""
 
     def forward(self, x):
         apart = x.float() - x.float().mean(dim=0)  # faster than var()
@@ -102,8 +99,7 @@ class Generator(nn.Sequential):
 class Discriminator(nn.Sequential):
     """Images [B, 3, size, size] in [-1, 1] -> unbounded scores: [B, 1, 1, 1], of patches [B, 1, h, w].
     patch=True is a PatchGAN (Isola et al. 2017): convolutions see 70 x 70 pixels, at 64 px 34, at 32 px 16.
-    spectral=True divides the weight matrices, but the last, by their largest singular values (Miyato et al.
-    2018). That limits, up to a factor, how steeply the last layer's input can change."""
+    spectral=True divides all weight matrices but the last by their spectral norms (Miyato et al. 2018)."""
 
     def __init__(self, size=64, width=32, norm="none", spectral=False, patch=False, selu=False, std=False):
         strides = [2] * int(math.log2(size // 4))  # down to 4 x 4
@@ -182,6 +178,10 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     with autocast:
         score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
     losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
+    if args.match_halves:  # else D hardly looks at whether the halves of a face are alike
+        with autocast:
+            score_mixed = D(diffaug.augment(diffaug.mix_halves(real), args.diffaug)).float()
+        losses["D_mixed"] = 0.3 * (score_mixed ** 2).mean()  # with 1 instead, cats were less varied
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
     # Without this cut D's loss leapt, at 128 px, to 300,000. Adam remembers that for long: tiny steps.
@@ -242,10 +242,6 @@ def floats(*nets):
     """Weights, patterns, running statistics: all values that are not counts."""
     return [value for net in nets for value in net.state_dict().values() if value.is_floating_point()]
 
-def average(ema_values, G_values, decay, iteration):
-    """Move the average towards G. It spans a tenth of all iterations so far, at most 1 / (1 - decay)."""
-    torch._foreach_lerp_(ema_values, G_values, 1 - min(decay, (1 + iteration) / (10 + iteration)))
-
 def hold_out(images, n):
     """-> the images to train on, and n of them, evenly spread, that stay out of training."""
     out = torch.zeros(len(images), dtype=torch.bool)
@@ -303,7 +299,8 @@ def train(args, checkpoint):
         train_G = iteration % args.critic_iters == 0
         losses = step(G, D, optim_G, optim_D, real, train_G, args, autocast)
         if train_G:
-            average(ema_values, G_values, args.ema, iteration)
+            # The average moves towards G. It spans a tenth of all iterations so far, at most 1 / (1 - --ema).
+            torch._foreach_lerp_(ema_values, G_values, 1 - min(args.ema, (1 + iteration) / (10 + iteration)))
         for name, value in losses.items():
             recent.setdefault(name, []).append(value)
         last = iteration == args.iters
@@ -405,6 +402,7 @@ def options(argv=None):
     arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
     arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="lsgan, vanilla: D's target for real images, at random; 0.8 0.9 if D is too sure (1 1)")
+    arg("--match-halves", action="store_true", help="teach D that halves of two photographs make a fake")
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
@@ -430,6 +428,8 @@ def options(argv=None):
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2 and 0 <= args.beta1 < 1):
         parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2, 0 <= --beta1 < 1")
+    if args.match_halves and (args.loss != "lsgan" or args.batch == 1):
+        parser.error("--match-halves needs --loss lsgan, and a --batch of at least 2")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.minibatch_std):
         parser.error("wgan-gp scores each image alone: no --d-norm batch, no --minibatch-std")
     return args, checkpoint
