@@ -181,7 +181,7 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     if args.match_halves:  # else D hardly looks at whether the halves of a face are alike
         with autocast:
             score_mixed = D(diffaug.augment(diffaug.mix_halves(real), args.diffaug)).float()
-        losses["D_mixed"] = 0.3 * (score_mixed ** 2).mean()  # with 1 instead, cats were less varied
+        losses["D_mixed"] = 0.3 * (score_mixed ** 2).mean()  # as of fakes; with 1, cats vary less
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
     # Without this cut D's loss leapt, at 128 px, to 300,000. Adam remembers that for long: tiny steps.
