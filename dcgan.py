@@ -178,10 +178,6 @@ def step(G, D, optim_G, optim_D, real, train_G, args, autocast):
     with autocast:
         score_real, score_fake = D(seen_real).float(), D(seen_fake).float()
     losses = d_losses(D, seen_real, seen_fake, score_real, score_fake, args)
-    if args.match_halves:  # else D hardly looks at whether the halves of a face are alike
-        with autocast:
-            score_mixed = D(diffaug.augment(diffaug.mix_halves(real), args.diffaug)).float()
-        losses["D_mixed"] = 0.3 * (score_mixed ** 2).mean()  # as of fakes; with 1, cats vary less
     sum(losses.values()).backward()
     average_over_processes(weight.grad for weight in D.parameters())
     # Without this cut D's loss leapt, at 128 px, to 300,000. Adam remembers that for long: tiny steps.
@@ -402,7 +398,6 @@ def options(argv=None):
     arg("--critic-iters", type=int, metavar="N", help="train G at every N-th iteration (1; both wgan: 5)")
     arg("--smooth", type=float, nargs=2, default=(1.0, 1.0), metavar=("LO", "HI"),
         help="lsgan, vanilla: D's target for real images, at random; 0.8 0.9 if D is too sure (1 1)")
-    arg("--match-halves", action="store_true", help="teach D that halves of two photographs make a fake")
     arg("--g-target", type=float, default=1.0, help="the score that G aims at, with lsgan (1)")
     arg("--g-lr", type=float, default=4e-4, help="learning rate of G (4e-4)")
     arg("--d-lr", type=float, default=8e-4, help="learning rate of D (8e-4)")
@@ -428,8 +423,6 @@ def options(argv=None):
         parser.error("--n and --critic-iters need at least 1, --width and --z 2")
     if not (0 <= args.smooth[0] <= args.smooth[1] <= 1 and -1 <= args.g_target <= 2 and 0 <= args.beta1 < 1):
         parser.error("--smooth needs 0 <= LO <= HI <= 1, --g-target -1 to 2, 0 <= --beta1 < 1")
-    if args.match_halves and (args.loss != "lsgan" or args.batch == 1):
-        parser.error("--match-halves needs --loss lsgan, and a --batch of at least 2")
     if args.loss == "wgan-gp" and (args.d_norm == "batch" or args.minibatch_std):
         parser.error("wgan-gp scores each image alone: no --d-norm batch, no --minibatch-std")
     return args, checkpoint

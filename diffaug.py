@@ -41,13 +41,6 @@ def cutout(x):
     mask = F.pad(x.new_zeros(len(x), 1, hole, hole), [size - (hole + 1) // 2] * 4, value=1)
     return x * window(mask, size)
 
-def mix_halves(x):
-    """The left half of each image, and beyond a soft seam the right half of another. For D they are fakes: a
-    negative data augmentation (Sinha et al. 2021)."""
-    across = torch.linspace(0, 1, x.shape[3], device=x.device)
-    share = ((across - uniform(x, 0.42, 0.58)) / uniform(x, 0.05, 0.3) + 0.5).clamp(0, 1)
-    return torch.lerp(x, x.roll(1, dims=0), share)
-
 POLICIES = {"color": (brightness, saturation, contrast), "translation": (translation,), "cutout": (cutout,)}
 
 def augment(x, policy):
